@@ -1,0 +1,502 @@
+"""LIMe: a Llama whose attention heads read the keys and values of all earlier layers (arXiv 2502.09245 v2).
+
+- Norm, MLP, RoPE and eager attention are transformers' own Llama parts; only what LIMe adds is written here.
+- `memory` is what layers hand on: flat positional tensors, since reentrant checkpointing differentiates only these.
+  Eagerly it is one buffer [L, G, N] that each layer fills (one GEMM a layer, `_RouteShared`); under torch.compile, and
+  on request, it is the growing list of raw tensors [G, N] (`route`, the plain reference). N = 2 * B * T * d.
+- Routing at a position reads that position only, so masks, padding, packing and every cache are Llama's. Cached are
+  the routed keys (after RoPE) and values: a LIMe cache has exactly Llama's shape.
+- Routers are kept in float32 whatever the model's dtype (sums over sources * G terms), and used in the model's dtype.
+- This file travels to the Hub with configuration_lime.py and imports nothing else of ours.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_lime import LimeConfig
+
+
+def route(weight: torch.Tensor, raws: list[torch.Tensor]) -> torch.Tensor:
+    """
+    Mix raw keys and values of several layers, plainly: out[h] = sum_j sum_h' R[h, j, h'] raws[j][h'].
+
+    Keeps nothing for backward but its inputs, so memory grows with the number of layers and not with its square.
+
+    Args:
+        weight (`torch.Tensor` of shape `(G, S, G)`): R_l, from source j, head h' to head h.
+        raws (`list[torch.Tensor]`, S tensors of shape `(G, N)`): Raw keys and values of the sources.
+
+    Returns:
+        `torch.Tensor` of shape `(G, N)`.
+
+    Source: arXiv 2502.09245 v2, section 3.
+    """
+    weight = weight.to(raws[0].dtype)
+    out = weight[:, 0] @ raws[0]
+    for j in range(1, len(raws)):
+        out = torch.addmm(out, weight[:, j], raws[j])
+    return out
+
+
+class _RouteShared(torch.autograd.Function):
+    """`route` over one buffer that all layers share: layer l writes row l, then mixes its source rows by one GEMM.
+
+    The buffer is passed from layer to layer, in forward as values and in backward as one gradient that every layer adds
+    to in place: each raw tensor has a single consumer, so autograd sums nothing. Rows are written through `.data`,
+    outside autograd's version counting: no layer reads a row before the layer that owns it has written it, and a
+    checkpoint's second forward writes the same values again.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        memory: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        weight: torch.Tensor | None,
+        layer_idx: int,
+        runs: list[tuple[int, int, int]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.layer_idx, ctx.runs, ctx.shape = layer_idx, runs, key.shape
+        ctx.save_for_backward(memory, weight)
+        rows = memory.data
+        _kv_views(rows[layer_idx], key.shape)[0].copy_(key)
+        _kv_views(rows[layer_idx], key.shape)[1].copy_(value)
+        if weight is None:
+            return rows[layer_idx].clone(), memory.detach()
+        out = None
+        for column, start, stop in runs:
+            mixer = weight[:, column : column + stop - start].flatten(1).to(rows.dtype)
+            source = rows[start:stop].flatten(0, 1)
+            out = mixer @ source if out is None else out.addmm_(mixer, source)
+        return out, memory.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_memory: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        memory, weight = ctx.saved_tensors
+        if grad_memory is None:
+            grad_memory = torch.zeros_like(memory)
+        grad_weight = None
+        if grad_out is not None and weight is None:
+            grad_memory[ctx.layer_idx] += grad_out
+        elif grad_out is not None:
+            grad_out = grad_out.contiguous()
+            grad_weight = torch.empty_like(weight)
+            for column, start, stop in ctx.runs:
+                columns = slice(column, column + stop - start)
+                mixer = weight[:, columns].flatten(1).to(memory.dtype)
+                grad_memory[start:stop].flatten(0, 1).addmm_(mixer.t(), grad_out)
+                if ctx.needs_input_grad[3]:
+                    gram = grad_out @ memory[start:stop].flatten(0, 1).t()
+                    grad_weight[:, columns] = gram.to(weight.dtype).view_as(grad_weight[:, columns])
+        grad_key, grad_value = _kv_views(grad_memory[ctx.layer_idx], ctx.shape)
+        return grad_memory if ctx.needs_input_grad[0] else None, grad_key, grad_value, grad_weight, None, None
+
+
+def _kv_views(row: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and the values, each seen as [B, T, G, d], of one row [G, N]."""
+    batch, tokens, heads, dim = shape
+    kv = row.view(heads, 2, batch, tokens, dim)
+    return kv[:, 0].permute(1, 2, 0, 3), kv[:, 1].permute(1, 2, 0, 3)
+
+
+class LimeRouter(nn.Module):
+    """
+    R_l of one layer: which heads of which layers make its keys and values. No softmax, no sign constraint.
+
+    Attributes:
+        weight (`torch.nn.Parameter` of shape `(G, S, G)`, float32): (head, source, source head).
+        sources (`list[int]`): The S layers (0-based, its own last) that it reads.
+    """
+
+    def __init__(self, config: LimeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.sources = config.sources(layer_idx)
+        heads = config.num_key_value_heads
+        self.weight = nn.Parameter(torch.empty(heads, len(self.sources), heads, dtype=torch.float32))
+        # maximal runs of neighbouring layers as (first column, first layer, end): one GEMM each
+        self.runs: list[tuple[int, int, int]] = []
+        for column, source in enumerate(self.sources):
+            if self.runs and self.runs[-1][2] == source:
+                self.runs[-1] = (*self.runs[-1][:2], source + 1)
+            else:
+                self.runs.append((column, source, source + 1))
+
+    def initial_weight(self, noise: bool) -> torch.Tensor:
+        """Own layer and head 1; elsewhere U(-b, b), b = sqrt(3 / (S G)), with `noise`, else 0 (paper, section 3)."""
+        weight = torch.zeros_like(self.weight)
+        if noise:
+            bound = (3 / (weight.shape[1] * weight.shape[2])) ** 0.5
+            weight.uniform_(-bound, bound)
+        weight[:, -1] = torch.eye(weight.shape[0], device=weight.device)
+        return weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LimeRouter":
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            narrower = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
+            return tensor.to(moved.device) if narrower else moved
+
+        return super()._apply(keep_float32, recurse)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.weight.shape[0]}, sources={self.sources}"
+
+
+class LimeAttention(nn.Module):
+    """Llama's attention over routed keys and values (arXiv 2502.09245 v2, section 3)."""
+
+    def __init__(self, config: LimeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        windowed = config.sliding_window is not None
+        default = "sliding_attention" if windowed else "full_attention"
+        self.layer_type = config.layer_types[layer_idx] if config.layer_types else default
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else None
+        self.router = LimeRouter(config, layer_idx) if config.sources(layer_idx) else None
+
+    def mix(self, key: torch.Tensor, value: torch.Tensor, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Raw key and value [B, T, G, d] and the memory so far -> routed ones [B, G, T, d] and the memory with them."""
+        batch, tokens, heads, dim = key.shape
+        if self.config.routing == "none":
+            return key.transpose(1, 2), value.transpose(1, 2)
+        weight = None if self.router is None else self.router.weight
+        if torch.compiler.is_compiling() or self.config.router_implementation == "reference":
+            raw = torch.stack((key, value)).permute(3, 0, 1, 2, 4).reshape(heads, -1)
+            memory = (*memory, raw)
+            routed = raw if weight is None else route(weight, [memory[j] for j in self.router.sources])
+        else:
+            if not memory:
+                memory = (key.new_empty(self.config.num_hidden_layers, heads, 2 * batch * tokens * dim),)
+            runs = [] if self.router is None else self.router.runs
+            routed, *memory = _RouteShared.apply(*memory, key, value, weight, self.layer_idx, runs)
+        kv = routed.view(heads, 2, batch, tokens, dim)
+        return kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1), *memory
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *memory: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns (output [B, T, D], attention weights or None, *memory)."""
+        input_shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        query = query.transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+        value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+
+        # route raw keys, then norm, then RoPE: the order that stays right if layers had norms or RoPEs of their own
+        key, value, *memory = self.mix(key, value, *memory)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights, *memory
+
+
+class LimeDecoderLayer(GradientCheckpointingLayer):
+    """Norm, attention, norm, MLP, each with its residual; takes and returns the memory beside the hidden states."""
+
+    def __init__(self, config: LimeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LimeAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, *memory: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        attended, _, *memory = self.self_attn(self.input_layernorm(hidden_states), *memory, **kwargs)
+        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, *memory
+
+
+class LimePreTrainedModel(PreTrainedModel):
+    config_class = LimeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LimeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["router"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LimeDecoderLayer, "attentions": LimeAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module.__class__.__name__ == "LimeRouter":
+            init.copy_(module.weight, module.initial_weight(self.config.router_init == "identity_plus_noise"))
+
+
+class LimeModel(LimePreTrainedModel):
+    """The LIMe decoder without a head. Inputs and outputs are those of `LlamaModel`."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: LimeConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([LimeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`, got " + _which(input_ids))
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if 0 in inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`input_ids` must hold at least one row and one token, got shape {tuple(inputs_embeds.shape[:2])}."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        self._check_cache(past_key_values, inputs_embeds)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            used = {layer.self_attn.layer_type for layer in self.layers}
+            masks = {kind: make(**mask_kwargs) for kind, make in makers.items() if kind in used}
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        memory: tuple[torch.Tensor, ...] = ()
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, *memory = layer(
+                hidden_states,
+                *memory,
+                attention_mask=masks[layer.self_attn.layer_type],
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        self._check_finite(hidden_states, memory)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _check_cache(self, cache: Cache | None, inputs_embeds: torch.Tensor) -> None:
+        """A cache of another model would otherwise fail deep inside torch, or not at all."""
+        layers = getattr(cache, "layers", None)
+        if not layers or torch.compiler.is_compiling():
+            return
+        keys = getattr(layers[0], "keys", None)
+        expected = (inputs_embeds.shape[0], self.config.num_key_value_heads, self.config.head_dim)
+        if len(layers) > self.config.num_hidden_layers:
+            raise ValueError(
+                f"`past_key_values` must come from this model with {self.config.num_hidden_layers} layers, got a cache of "
+                f"{len(layers)}. Pass None, or DynamicCache(config=model.config)."
+            )
+        if isinstance(keys, torch.Tensor) and keys.dim() == 4:
+            found = (keys.shape[0], keys.shape[1], keys.shape[3])
+            if found != expected:
+                raise ValueError(
+                    f"`past_key_values` must hold keys of (batch, key/value heads, head size) = {expected}, got {found}. "
+                    "It belongs to another model or another batch: pass None to start afresh."
+                )
+            room = getattr(layers[0], "max_cache_len", None)
+            if room is not None and self.layers[0].self_attn.sliding_window is None and inputs_embeds.shape[1] > room:
+                raise ValueError(
+                    f"`past_key_values` must have room for the {inputs_embeds.shape[1]} tokens given, got a static cache "
+                    f"of {room}. Make it with max_cache_len={inputs_embeds.shape[1]} or more."
+                )
+
+    def _check_finite(self, hidden_states: torch.Tensor, memory: tuple[torch.Tensor, ...]) -> None:
+        """0 * inf is NaN: one bad key would reach every later layer, so say where it arose. Eager mode only."""
+        if torch.compiler.is_compiling() or hidden_states.device.type == "meta":
+            return
+        if torch.isfinite(hidden_states.detach().sum(dtype=torch.float32)):
+            return
+        raws = list(memory[0]) if len(memory) == 1 and memory[0].dim() == 3 else list(memory)
+        bad = [i for i, raw in enumerate(raws) if not torch.isfinite(raw).all()]
+        where = f"the keys or values of layer {bad[0]} are the first" if bad else "the keys and values are finite"
+        raise FloatingPointError(
+            f"The hidden states of the last layer hold NaN or infinity; {where}. Check the input, the learning rate, or "
+            "use bfloat16 or float32 where float16 overflows."
+        )
+
+
+class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
+    """LIMe with a language-modelling head. Inputs, outputs and `generate` are those of `LlamaForCausalLM`."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: LimeConfig) -> None:
+        super().__init__(config)
+        self.model = LimeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def from_llama(cls, model: PreTrainedModel | str | os.PathLike, **overrides: Any) -> "LimeForCausalLM":
+        """
+        The LIMe twin of a pretrained Llama, Mistral, Qwen2 or Qwen3: the same weights and identity routers, so the same
+        logits to the last bit. Train the routers alone, or everything (see `lime_param_groups`).
+
+        Args:
+            model (`PreTrainedModel`, `str` or `os.PathLike`): A causal LM, or its Hub id or folder. It is copied.
+            overrides: Options of [`LimeConfig`] to set besides, for example `routing="first", routing_window=4`.
+
+        Returns:
+            `LimeForCausalLM` in the dtype and on the device of the source, in eval mode; its routers in float32.
+
+        Raises:
+            ValueError: if the model is of another family, with the families that work.
+        """
+        if isinstance(model, (str, os.PathLike)):
+            from transformers import AutoConfig
+
+            LimeConfig.from_llama_config(AutoConfig.from_pretrained(model), **overrides)  # refuse before weights load
+            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        config = LimeConfig.from_llama_config(model.config, **overrides)
+        name = getattr(model.config, "_name_or_path", "")
+        config.base_model_name_or_path = name if name and not os.path.exists(name) else None
+        with init.no_init_weights():
+            lime = cls._from_config(config, dtype=model.dtype).to(model.device)
+        for name, buffer in model.named_buffers():  # RoPE's frequencies may have been cast with the source
+            lime.get_buffer(name).data = buffer.clone()
+        missing, unexpected = lime.load_state_dict(model.state_dict(), strict=False)
+        if unexpected or any(".router." not in key for key in missing):
+            odd = [*unexpected, *(key for key in missing if ".router." not in key)]
+            raise ValueError(f"`model` must have the parameters of a {model.config.model_type}, got unknown {odd[:4]}.")
+        with torch.no_grad():
+            for layer in lime.model.layers:
+                if (router := layer.self_attn.router) is not None:
+                    router.weight.copy_(router.initial_weight(noise=config.router_init == "identity_plus_noise"))
+        lime.tie_weights()
+        if getattr(model, "generation_config", None) is not None:
+            lime.generation_config = model.generation_config
+        return lime.eval()
+
+
+def _which(input_ids: torch.Tensor | None) -> str:
+    return "neither." if input_ids is None else "both."
+
+
+__all__ = ["LimeForCausalLM", "LimeModel", "LimePreTrainedModel", "LimeRouter", "route"]
