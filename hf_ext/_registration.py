@@ -1,7 +1,8 @@
 """Make our classes known to transformers without importing it.
 
-transformers reads no entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds);
-here each registration runs right after the registry's own module has been executed, or at once if it is loaded.
+transformers reads no entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds).
+Instead each registration runs right after both modules it needs, the registry's and ours, have been executed; which of
+them comes first is the user's choice, and either may be what loads the other.
 """
 
 import importlib.util
@@ -10,23 +11,38 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 
-# model type -> (module, config class, {Auto class: model class}); one row a model
-MODELS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "lime": (
-        "hf_ext.lime",
-        "LimeConfig",
+class Entry(NamedTuple):
+    """One model: its `model_type`, the modules of its configuration and its classes, and the class for each Auto."""
+
+    model_type: str
+    config: tuple[str, str]
+    modeling: str
+    classes: dict[str, str]
+
+
+MODELS = [
+    Entry(
+        "lime",
+        ("hf_ext.lime.configuration_lime", "LimeConfig"),
+        "hf_ext.lime.modeling_lime",
         {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"},
     ),
-}
+]
+_CONFIGS = "transformers.models.auto.configuration_auto"
+_CLASSES = "transformers.models.auto.modeling_auto"
+
+
+def _executed(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
     """Run `action` once, right after module `name` has been executed (now, if it already has been)."""
-    module = sys.modules.get(name)
-    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+    if _executed(name):
         action()
         return
 
@@ -42,6 +58,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                module.__spec__._initializing = False  # type: ignore[union-attr]  # executed: nothing of it is missing
                 action()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -50,23 +67,32 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
     sys.meta_path.insert(0, AfterImport())
 
 
-def _register_configs() -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
+def _register(registry: str, ours: str, action: Callable[[ModuleType, ModuleType], None]) -> None:
+    """Run `action(registry, ours)` as soon as both modules have been executed; the registry loads ours, not vice versa."""
 
-    for model_type, (module, config, _) in MODELS.items():
-        AutoConfig.register(model_type, getattr(importlib.import_module(module), config), exist_ok=True)
+    def attempt() -> None:
+        if not _executed(registry):
+            return
+        if ours not in sys.modules:
+            importlib.import_module(ours)
+        if _executed(ours):  # else it is being executed now, and its own hook comes back here
+            action(sys.modules[registry], sys.modules[ours])
 
-
-def _register_classes() -> None:
-    from transformers.models.auto import modeling_auto
-
-    for module_name, config, classes in MODELS.values():
-        module = importlib.import_module(module_name)
-        for auto, model in classes.items():
-            getattr(modeling_auto, auto).register(getattr(module, config), getattr(module, model), exist_ok=True)
+    when_imported(ours, attempt)
+    when_imported(registry, attempt)
 
 
 def register_models() -> None:
     """Register every model of `MODELS` with the Auto classes, now or when transformers loads them."""
-    when_imported("transformers.models.auto.configuration_auto", _register_configs)
-    when_imported("transformers.models.auto.modeling_auto", _register_classes)
+    for entry in MODELS:
+
+        def add_config(auto: ModuleType, ours: ModuleType, entry: Entry = entry) -> None:
+            auto.AutoConfig.register(entry.model_type, getattr(ours, entry.config[1]), exist_ok=True)
+
+        def add_classes(auto: ModuleType, ours: ModuleType, entry: Entry = entry) -> None:
+            config = getattr(sys.modules[entry.config[0]], entry.config[1])
+            for name, model in entry.classes.items():
+                getattr(auto, name).register(config, getattr(ours, model), exist_ok=True)
+
+        _register(_CONFIGS, entry.config[0], add_config)
+        _register(_CLASSES, entry.modeling, add_classes)
