@@ -1,8 +1,8 @@
 """Configuration of LIMe (Layer-Integrated Memory, arXiv 2502.09245 v2).
 
 - Every field but the LIMe ones carries Llama's name, meaning and default.
-- Nothing is derived at load time: what `config.json` says is what runs. `layer_types` stays `None` unless layers
-  differ, so that a model can be cut to fewer layers by `num_hidden_layers` alone.
+- `layer_types` is always filled, since transformers' masks and caches read it, and cut to `num_hidden_layers`, so that
+  a deeper checkpoint loads as its first layers.
 - A keyword that nearly matches an option is refused: transformers' configs would keep it silently as an attribute.
 """
 
@@ -56,7 +56,8 @@ class LimeConfig(PreTrainedConfig):
             RMS norm on each query and key head (Qwen3). The key norm acts after routing.
         sliding_window (`int`, *optional*): Attention window in tokens. Routing is token-local: windows leave it alone.
         layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer; all alike if not given.
+            `"full_attention"` or `"sliding_attention"` for each layer; all alike if not given (sliding if
+            `sliding_window` is), and cut to `num_hidden_layers` if longer.
         routing (`str`, *optional*, defaults to `"full"`):
             Which layers a router reads besides its own: `"full"` all earlier ones (the paper); `"first"` the first
             `routing_window` and the one before (constant cost per layer; the paper's first-4 keeps 94 % of the gain);
@@ -139,6 +140,9 @@ class LimeConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        windowed = self.sliding_window is not None
+        default = ["sliding_attention" if windowed else "full_attention"] * self.num_hidden_layers
+        self.layer_types = (self.layer_types or default)[: self.num_hidden_layers]
         super().__post_init__(**kwargs)
         # written by every save, so that a saved model loads where hf_ext is not installed
         self.auto_map = {
@@ -161,7 +165,7 @@ class LimeConfig(PreTrainedConfig):
             raise ValueError(f"`head_dim` must be even, since RoPE turns pairs, got {self.head_dim}.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"`sliding_window` must be at least 1 token or None, got {self.sliding_window}.")
-        if "sliding_attention" in (self.layer_types or []) and self.sliding_window is None:
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("`layer_types` names sliding_attention, so `sliding_window` must be given, got None.")
 
     def validate_routing(self) -> None:
@@ -216,11 +220,8 @@ class LimeConfig(PreTrainedConfig):
         values["attention_bias"] = has_bias or kind == "qwen2"
         values["attention_output_bias"] = has_bias
         values["use_qk_norm"] = kind == "qwen3"
-        kinds = set(values.get("layer_types") or [])
-        if kinds == {"full_attention"}:
+        if set(values.get("layer_types") or []) == {"full_attention"}:
             values["sliding_window"] = None
-        if len(kinds) == 1:
-            values["layer_types"] = None
         return cls(**{**values, "router_init": "identity", **overrides})
 
 

@@ -182,9 +182,7 @@ class LimeAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        windowed = config.sliding_window is not None
-        default = "sliding_attention" if windowed else "full_attention"
-        self.layer_type = config.layer_types[layer_idx] if config.layer_types else default
+        self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
@@ -299,6 +297,8 @@ class LimeModel(LimePreTrainedModel):
     _auto_class = "AutoModel"
 
     def __init__(self, config: LimeConfig) -> None:
+        # from_pretrained(num_hidden_layers=n) sets it after the configuration was made
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -487,7 +487,9 @@ class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
         missing, unexpected = lime.load_state_dict(model.state_dict(), strict=False)
         if unexpected or any(".router." not in key for key in missing):
             odd = [*unexpected, *(key for key in missing if ".router." not in key)]
-            raise ValueError(f"`model` must have the parameters of a {model.config.model_type}, got unknown {odd[:4]}.")
+            raise ValueError(
+                f"`model` must have the parameters of a {model.config.model_type}, got unknown {odd[:4]}."
+            )
         with torch.no_grad():
             for layer in lime.model.layers:
                 if (router := layer.self_attn.router) is not None:

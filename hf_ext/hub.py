@@ -1,0 +1,330 @@
+"""Publishing: proof that a saved folder loads where hf_ext is absent, and the model card that goes with it.
+
+- `verify` trusts nothing that this process knows: it loads in another one, without our packages and without the Hub.
+  What the files themselves tell is checked first: it costs no process, and the message names the file.
+- The words of a card are written once, in `model_cards/<system>.md`; its figures come from the files that recipes
+  write. `model_cards/` lies beside this package, in a checkout as in an installed wheel.
+- Nothing here loads torch.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+
+_OURS = ("hf_ext", "trainers")
+_CARD_FIELDS = ("title", "arxiv", "classes", "status", "summary")
+_RESULT_FIELDS = ("recipe", "command", "date", "budget", "device", "rows")
+_PIPELINE_TAGS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
+_NO_LIMITS = "A research model: outside of what is measured above, nothing is known about it."
+
+# runs in the clean process; the last line that it prints is the report
+_PROBE = """
+import json, sys
+asked = json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(asked["blocked"]))
+import transformers
+config = transformers.AutoConfig.from_pretrained(asked["folder"], trust_remote_code=True)
+report = {"auto": {"AutoConfig": type(config).__name__}, "model_type": config.model_type, "parameters": 0, "lost": {}}
+for name in asked["auto"]:
+    model, info = getattr(transformers, name).from_pretrained(
+        asked["folder"], trust_remote_code=True, output_loading_info=True
+    )
+    report["auto"][name] = type(model).__name__
+    report["parameters"] = max(report["parameters"], sum(p.numel() for p in model.parameters()))
+    report["lost"][name] = sorted(info["missing_keys"])
+    del model
+print()
+print(json.dumps(report))
+"""
+
+
+def verify(folder: str | os.PathLike[str], *, auto: tuple[str, ...] = ("AutoModel",)) -> dict[str, Any]:
+    """
+    Prove that a saved folder loads where hf_ext is not installed.
+
+    The folder is loaded by `AutoConfig` and by each class of `auto` with `trust_remote_code=True`, in a new Python
+    process that can import neither hf_ext nor trainers, reaches no Hub and has an empty cache. Takes some seconds,
+    and runs the code in the folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): What `save_pretrained` wrote.
+        auto (`tuple[str, ...]`, *optional*, defaults to `("AutoModel",)`):
+            Names of transformers' Auto classes that shall load it; `()` loads the configuration alone.
+
+    Returns:
+        `dict`: `auto` (Auto class -> name of the class that it gave), `model_type`, `parameters` (number of the
+        largest model loaded, shared ones counted once), `files` (sorted names), `seconds` (of the clean process).
+
+    Raises:
+        ValueError: Where a file is missing, cut off or foreign, `auto_map` lacks an entry, or weights are missing.
+        RuntimeError: Where loading fails in the clean process, with the last lines of its error.
+
+    Example:
+
+    ```python
+    >>> from hf_ext import LimeConfig, LimeModel, hub
+
+    >>> LimeModel(LimeConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    ...                      vocab_size=64)).save_pretrained("tiny-lime")
+    >>> hub.verify("tiny-lime")["auto"]
+    {'AutoConfig': 'LimeConfig', 'AutoModel': 'LimeModel'}
+
+    ```"""
+    if not isinstance(auto, tuple | list) or not all(isinstance(name, str) for name in auto):
+        raise TypeError(f'`auto` must be a tuple of names of Auto classes, got {auto!r}. Pass ("AutoModel",).')
+    root = Path(folder)
+    _check_files(root, tuple(auto))
+    asked = {"folder": str(root.resolve()), "auto": list(auto), "blocked": list(_OURS)}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="hf_ext-verify-") as home:
+        caches = ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE")
+        kept = {name: value for name, value in os.environ.items() if name not in caches}
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _PROBE, json.dumps(asked)],
+            env={**kept, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    if done.returncode:
+        last = "\n".join(line for line in done.stderr.splitlines() if line.strip()).splitlines()[-6:]
+        raise RuntimeError(
+            f"{root} must load where hf_ext is absent, but the clean process ended with {done.returncode}:\n"
+            + "\n".join(last)
+        )
+    report = json.loads(done.stdout.splitlines()[-1])
+    for name, lost in report.pop("lost").items():
+        if lost:
+            raise ValueError(
+                f"{root} must hold every weight of its {name}, {report['auto'][name]}, but {len(lost)} are missing "
+                f"({', '.join(lost[:3])}). Save a model of that class, or leave {name} out of `auto`."
+            )
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return {**report, "files": files, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _check_files(root: Path, auto: tuple[str, ...]) -> None:
+    """Raise `ValueError` for what the files of the folder `root` themselves show to be wrong."""
+    again = "Write the folder again with `save_pretrained`."
+    if not root.is_dir():
+        raise ValueError(f"`folder` must be a folder that `save_pretrained` wrote, got {str(root)!r}: no such folder.")
+    config = _read_json(root / "config.json", again)
+    auto_map = config.get("auto_map") or {}
+    for name in ("AutoConfig", *auto):
+        target = auto_map.get(name)
+        if not isinstance(target, str):
+            raise ValueError(
+                f"`auto_map` in {root / 'config.json'} must name the code of {name}, got only "
+                f"{sorted(auto_map)}. Save a model of a class that hf_ext exports."
+            )
+        code = root / f"{target.rpartition('.')[0]}.py"
+        if "--" in target:
+            raise ValueError(
+                f"`auto_map` in {root / 'config.json'} must name code in the folder for {name}, got {target!r}. "
+                "Load the model with `trust_remote_code=True` and save it again."
+            )
+        if not code.is_file():
+            raise ValueError(f"{code} must be there, since `auto_map` names it for {name}. {again}")
+    if not auto:
+        return
+    shards, index = [root / "model.safetensors"], root / "model.safetensors.index.json"
+    if not shards[0].is_file() and index.is_file():
+        shards = sorted({root / name for name in _read_json(index, again).get("weight_map", {}).values()})
+    for shard in shards:
+        if not shard.is_file():
+            raise ValueError(f"{shard} must be there: it holds the weights. {again}")
+        try:
+            with safe_open(shard, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shard} must be a whole safetensors file, got {shard.stat().st_size} bytes that are not ({error}). "
+                "Copy or download it again."
+            ) from error
+
+
+def _read_json(path: Path, cure: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} must be there, but is not. {cure}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise ValueError(f"{path} must be JSON, got {error}. {cure}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object, got a {type(content).__name__}. {cure}")
+    return content
+
+
+def system_cards() -> dict[str, dict[str, Any]]:
+    """
+    The front matter of the card of every system, by its key (`"lime"`, ...), sorted by key.
+
+    Returns:
+        `dict[str, dict]`: Fields `title`, `arxiv` (id), `classes` (names), `status` (`"built"` or `"planned"`),
+        `summary`; and, where there are any, `recipe`, `page`.
+    """
+    return {key: read.data.to_dict() for key, read in _cards().items()}
+
+
+def _cards() -> dict[str, RepoCard]:
+    paths = sorted(path for path in _cards_folder().glob("*.md") if path.name != "template.md")
+    cards = {path.stem: RepoCard(path.read_text(encoding="utf-8")) for path in paths}
+    for key, read in cards.items():
+        lacking = [field for field in _CARD_FIELDS if read.data.get(field) is None]
+        if lacking:
+            raise ValueError(f"The front matter of model_cards/{key}.md must hold {', '.join(lacking)}, got none.")
+        if not isinstance(read.data["arxiv"], str):
+            raise ValueError(
+                f"`arxiv` in model_cards/{key}.md must be a text, got {read.data['arxiv']!r}. Put it in quotes, or "
+                "YAML drops a zero at its end."
+            )
+    return cards
+
+
+def _cards_folder() -> Path:
+    folder = Path(__file__).resolve().parent.parent / "model_cards"
+    if not (folder / "template.md").is_file():
+        raise FileNotFoundError(f"{folder} must hold template.md and the cards, but does not. Install hf_ext again.")
+    return folder
+
+
+def card(obj: Any, system: str, results: Mapping[str, Any] | str | os.PathLike[str] | None = None) -> ModelCard:
+    """
+    The model card of a model of ours, ready for `.save("folder/README.md")` or `.push_to_hub("you/name")`.
+
+    Args:
+        obj (`PreTrainedModel` or `PreTrainedConfig`): The model, or its configuration.
+        system (`str`): Key of the system, as in `system_cards()`: its card gives the words.
+        results (`dict`, `str` or `os.PathLike`, *optional*):
+            What a recipe measured, or the path of its JSON. Its rows become a table and entries of the `model-index`.
+            Without it the card says 'Not measured'.
+
+    Returns:
+        `huggingface_hub.ModelCard`: Its `data` (license apache-2.0, tags, base model, ...) may be changed before it
+        is saved: a base model under another license asks for that.
+
+    Raises:
+        TypeError: Where `obj` is no model and no configuration.
+        ValueError: Where the system is unknown, or `results` is no results file.
+    """
+    config = getattr(obj, "config", obj)
+    if not hasattr(config, "model_type"):
+        raise TypeError(f"`obj` must be a model or its configuration, got {type(obj).__name__}.")
+    cards = _cards()
+    if system not in cards:
+        raise ValueError(f"`system` must be one of {', '.join(cards)}, got {system!r}.")
+    words = cards[system].data
+    measured = _read_results(results) if results is not None else {}
+    class_name = _class_name(obj, config)
+    pipeline_tag = next((tag for suffix, tag in _PIPELINE_TAGS.items() if class_name.endswith(suffix)), None)
+    base_model = next(
+        filter(_is_hub_id, (getattr(config, "base_model_name_or_path", None), config.name_or_path)), None
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        license="apache-2.0",
+        tags=["hf_ext", system, f"arxiv:{words['arxiv']}"],
+        pipeline_tag=pipeline_tag,
+        base_model=base_model,
+        model_name=system if measured else None,
+        eval_results=_eval_results(measured, pipeline_tag or "other"),
+    )
+    limits = re.search(r"^## Limits[ \t]*\n(.*?)(?=^## |\Z)", cards[system].text, re.MULTILINE | re.DOTALL)
+    return ModelCard.from_template(
+        data,
+        template_path=str(_cards_folder() / "template.md"),
+        system=system,
+        title=words["title"],
+        summary=words["summary"],
+        arxiv=words["arxiv"],
+        class_name=class_name,
+        auto_class=_auto_class(config, class_name),
+        measured=measured,
+        rows=[{**row, "mean": _short(row["mean"]), "ci95": _short(row["ci95"])} for row in measured.get("rows", [])],
+        claims=[
+            {**claim, **{name: _short(claim.get(name)) for name in ("estimate", "ci95", "threshold")}}
+            for claim in measured.get("claims", [])
+        ],
+        limits=limits[1].strip() if limits else _NO_LIMITS,
+    )
+
+
+def _read_results(results: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    cure = "Pass the JSON that a recipe wrote."
+    content = results if isinstance(results, Mapping) else _read_json(Path(results), cure)
+    lacking = [name for name in _RESULT_FIELDS if name not in content]
+    if lacking:
+        raise ValueError(f"`results` must hold {', '.join(_RESULT_FIELDS)}, got none of {', '.join(lacking)}. {cure}")
+    for row in content["rows"]:
+        lacking = [name for name in ("arm", "metric", "unit", "n", "mean", "ci95") if name not in row]
+        if lacking:
+            raise ValueError(f"Each row of `results` must hold {', '.join(lacking)}, got {row!r}. {cure}")
+    return content
+
+
+def _eval_results(measured: Mapping[str, Any], task: str) -> list[EvalResult] | None:
+    """Entries of the model index; a row without a number (a failed cell) is none."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=measured["recipe"],
+            dataset_name=measured["recipe"],
+            metric_type=row["metric"],
+            metric_name=f"{row['metric']} ({row['unit']}), {row['arm']}",
+            metric_value=row["mean"],
+            metric_args={name: row[name] for name in ("arm", "unit", "n", "ci95")},
+        )
+        for row in measured.get("rows", [])
+        if isinstance(row["mean"], int | float) and math.isfinite(row["mean"])
+    ] or None
+
+
+def _class_name(obj: Any, config: Any) -> str:
+    """The model's class; of a configuration, the class that saved it, or else what `AutoModel` would give."""
+    if obj is not config:
+        return type(obj).__name__
+    architectures = getattr(config, "architectures", None) or []
+    auto_map = getattr(config, "auto_map", None) or {}
+    return architectures[0] if architectures else auto_map.get("AutoModel", type(config).__name__).rpartition(".")[2]
+
+
+def _auto_class(config: Any, class_name: str) -> str:
+    auto_map = getattr(config, "auto_map", None) or {}
+    return next((auto for auto, name in auto_map.items() if name.rpartition(".")[2] == class_name), "AutoModel")
+
+
+def _is_hub_id(name: str | None) -> bool:
+    """Whether `name` is like "user/name" and no folder: a card must not tell a path of somebody's machine."""
+    if not name or name.count("/") != 1 or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    """Four digits of a number or of each end of an interval; a dash where there is none."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_short(end) for end in value)}]"
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
