@@ -68,7 +68,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 def _register(registry: str, ours: str, action: Callable[[ModuleType, ModuleType], None]) -> None:
-    """Run `action(registry, ours)` as soon as both modules have been executed; the registry loads ours, not vice versa."""
+    """Run `action(registry, ours)` once both modules have been executed; the registry loads ours, not vice versa."""
 
     def attempt() -> None:
         if not _executed(registry):

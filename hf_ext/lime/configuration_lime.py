@@ -210,8 +210,8 @@ class LimeConfig(PreTrainedConfig):
         kind = getattr(config, "model_type", None)
         if kind not in CONVERTIBLE:
             raise ValueError(
-                f"`config` must be of a Llama-like model ({', '.join(CONVERTIBLE)}), got model_type={kind!r}. LIMe needs "
-                "one set of plain keys and values per layer, which latent (MLA) and shared-KV attention do not have."
+                f"`config` must be of a Llama-like model ({', '.join(CONVERTIBLE)}), got model_type={kind!r}. "
+                "LIMe needs one set of keys and values per layer, which latent (MLA) and shared-KV attention lack."
             )
         values = {k: v for k, v in config.to_dict().items() if k in {field.name for field in fields(cls)}}
         for name in ("architectures", "transformers_version"):

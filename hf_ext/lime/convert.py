@@ -1,7 +1,7 @@
 """From other checkpoints to LIMe: pretrained Llama-likes, and what the authors' own training code saves.
 
-The weights of a Llama-like are copied by `LimeForCausalLM.from_llama`; this module adds the file side (tokenizer, dtype,
-a check of the result) and the authors' layout (the v2 state of their repository), whose k and v share one fused matrix.
+The weights of a Llama-like are copied by `LimeForCausalLM.from_llama`; this module adds the file side (tokenizer,
+dtype, a check of the result) and the authors' v2 layout, whose keys and values share one fused matrix.
 """
 
 import logging
@@ -78,7 +78,7 @@ def from_original_state_dict(state: "Mapping[str, torch.Tensor]", config: Any) -
         config (`LimeConfig`): The architecture; their files hold none. `routing` must be `"full"`.
 
     Raises:
-        ValueError: if the state is of v1 (softmax routers over hidden states, another model), or does not fit `config`.
+        ValueError: if the state is of v1 (softmax routers over hidden states), or does not fit `config`.
     """
     from hf_ext.lime.modeling_lime import LimeForCausalLM
 

@@ -62,14 +62,14 @@ def route(weight: torch.Tensor, raws: list[torch.Tensor]) -> torch.Tensor:
 class _RouteShared(torch.autograd.Function):
     """`route` over one buffer that all layers share: layer l writes row l, then mixes its source rows by one GEMM.
 
-    The buffer is passed from layer to layer, in forward as values and in backward as one gradient that every layer adds
-    to in place: each raw tensor has a single consumer, so autograd sums nothing. Rows are written through `.data`,
+    The buffer is passed from layer to layer, in forward as values and in backward as one gradient to which every layer
+    adds in place: each raw tensor has a single consumer, so autograd sums nothing. Rows are written through `.data`,
     outside autograd's version counting: no layer reads a row before the layer that owns it has written it, and a
     checkpoint's second forward writes the same values again.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         memory: torch.Tensor,
         key: torch.Tensor,
@@ -95,7 +95,7 @@ class _RouteShared(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_memory: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_memory: torch.Tensor | None) -> tuple[Any, ...]:
         memory, weight = ctx.saved_tensors
         grad_weight = None
         fresh = grad_memory is None  # the newest layer: no other has written yet
@@ -195,7 +195,7 @@ class LimeAttention(nn.Module):
         self.router = LimeRouter(config, layer_idx) if config.sources(layer_idx) else None
 
     def mix(self, key: torch.Tensor, value: torch.Tensor, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Raw key and value [B, T, G, d] and the memory so far -> routed ones [B, G, T, d] and the memory with them."""
+        """Raw key and value [B, T, G, d], memory so far -> routed ones [B, G, T, d], memory with the raw ones."""
         batch, tokens, heads, dim = key.shape
         if self.config.routing == "none":
             return key.transpose(1, 2), value.transpose(1, 2)
@@ -376,21 +376,21 @@ class LimeModel(LimePreTrainedModel):
         expected = (inputs_embeds.shape[0], self.config.num_key_value_heads, self.config.head_dim)
         if len(layers) > self.config.num_hidden_layers:
             raise ValueError(
-                f"`past_key_values` must come from this model with {self.config.num_hidden_layers} layers, got a cache of "
-                f"{len(layers)}. Pass None, or DynamicCache(config=model.config)."
+                f"`past_key_values` must come from this model with {self.config.num_hidden_layers} layers, got one "
+                f"of {len(layers)}. Pass None, or DynamicCache(config=model.config)."
             )
         if isinstance(keys, torch.Tensor) and keys.dim() == 4:
             found = (keys.shape[0], keys.shape[1], keys.shape[3])
             if found != expected:
                 raise ValueError(
-                    f"`past_key_values` must hold keys of (batch, key/value heads, head size) = {expected}, got {found}. "
-                    "It belongs to another model or another batch: pass None to start afresh."
+                    f"`past_key_values` must hold keys of (batch, key/value heads, head size) = {expected}, got "
+                    f"{found}. It belongs to another model or another batch: pass None to start afresh."
                 )
             room = getattr(layers[0], "max_cache_len", None)
             if room is not None and self.layers[0].self_attn.sliding_window is None and inputs_embeds.shape[1] > room:
                 raise ValueError(
-                    f"`past_key_values` must have room for the {inputs_embeds.shape[1]} tokens given, got a static cache "
-                    f"of {room}. Make it with max_cache_len={inputs_embeds.shape[1]} or more."
+                    f"`past_key_values` must have room for the {inputs_embeds.shape[1]} tokens given, got a static "
+                    f"cache of {room}. Make it with max_cache_len={inputs_embeds.shape[1]} or more."
                 )
 
     def _check_finite(self, hidden_states: torch.Tensor, memory: tuple[torch.Tensor, ...]) -> None:
@@ -403,8 +403,8 @@ class LimeModel(LimePreTrainedModel):
         bad = [i for i, raw in enumerate(raws) if not torch.isfinite(raw).all()]
         where = f"the keys or values of layer {bad[0]} are the first" if bad else "the keys and values are finite"
         raise FloatingPointError(
-            f"The hidden states of the last layer hold NaN or infinity; {where}. Check the input, the learning rate, or "
-            "use bfloat16 or float32 where float16 overflows."
+            f"The hidden states of the last layer hold NaN or infinity; {where}. Check input and learning rate, "
+            "or use bfloat16 or float32 where float16 overflows."
         )
 
 
@@ -459,8 +459,8 @@ class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
     @classmethod
     def from_llama(cls, model: PreTrainedModel | str | os.PathLike, **overrides: Any) -> "LimeForCausalLM":
         """
-        The LIMe twin of a pretrained Llama, Mistral, Qwen2 or Qwen3: the same weights and identity routers, so the same
-        logits to the last bit. Train the routers alone, or everything (see `lime_param_groups`).
+        The LIMe twin of a pretrained Llama, Mistral, Qwen2 or Qwen3: the same weights and identity routers, so the
+        same logits to the last bit. Train the routers alone, or everything (see `lime_param_groups`).
 
         Args:
             model (`PreTrainedModel`, `str` or `os.PathLike`): A causal LM, or its Hub id or folder. It is copied.

@@ -34,7 +34,9 @@ def lime_param_groups(
     for name, value in (("lr", lr), ("router_lr", router_lr), ("weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"`{name}` must be a number >= 0, got {value}.")
-    routers, matrices, vectors = [], [], []
+    routers: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_router = ".router." in f".{name}"

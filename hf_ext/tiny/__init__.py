@@ -119,6 +119,9 @@ def load(
             f"`name` must hold the weights its config.json describes, got {name} with {len(wrong)} tensors missing "
             f"or of another shape, {wrong[0]} among them. Save or download the folder again."
         )
+    if str(name) != "smollm2" and not Path(name).expanduser().exists():
+        # what was made from this model is to name its Hub id, not the folder in the cache
+        model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(name)
     return model, tokenizer
 
 

@@ -2,9 +2,9 @@
 
     python -m hf_ext.tiny.make_lime_routers stories_train.jsonl.gz stories_valid.jsonl.gz      # about 40 minutes
 
-- Arms under one budget (60k tokens, one pass, batch 2 x 256): `routers`, the 4,176 numbers of all R_l; `gains`, as many
-  other scalars in the same layers: what multiplies the attention's normed input, one number for 4 neighbouring channels
-  (29 layers x 144). Both start as the unchanged model.
+- Arms under one budget (60k tokens, one pass, batch 2 x 256): `routers`, the 4,176 numbers of all R_l; `gains`, as
+  many other scalars in the same layers: gains on the attention's normed input, one for 4 neighbouring
+  channels (29 layers x 144). Both start as the unchanged model.
 - Each cell (arm, seed) is a process of one thread, two at a time, kept when done: a stopped run goes on where it was.
 - A seed draws its own training rows. The held-out rows are the same for all: NLL in nats per token on rows of other
   books. Learning rates were chosen by `--scan` on a seed and held-out rows that are not reported.

@@ -151,7 +151,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     }
     with torch.device("meta"):
         model = type(source)(type(source.config)(**settings))
-    model.load_state_dict(source.to(torch.bfloat16).state_dict(), assign=True)
+    source.bfloat16()
+    model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

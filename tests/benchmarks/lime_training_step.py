@@ -4,8 +4,8 @@
     python tests/benchmarks/lime_training_step.py --pairs 2     # a quick look
 
 - L12 D512 G8 (of 8 heads) MLP 1408 vocabulary 8192, T512 B4, float32, one thread, AdamW: forward, backward, update.
-- Each side is a process of its own, started once; the two take turns step by step (machines are noisy, and a slow spell
-  then falls on both), and the ratio is the median of the pairs' ratios. Ratio = peer time / our time: above 1 ours wins.
+- Each side is a process of its own, started once; the two take turns step by step (machines are noisy, and a slow
+  spell then falls on both). The ratio is the median over pairs of peer time / our time: above 1 ours wins.
 - Peer `concat` keeps one growing buffer and multiplies it at each layer, as the published implementation does: every
   concatenation is kept for the backward pass, so its memory grows with the square of the depth.
 - Extra memory is what autograd saves beyond Llama (bytes of distinct storages), the same on every machine.
@@ -161,8 +161,14 @@ def main() -> None:
             "shape": SHAPE,
             "unit": "seconds per step",
             "ours": summary(ours["seconds"]),
-            "peer": {"name": peer, "version": f"transformers {transformers.__version__}", **summary(theirs["seconds"])},
-            "ratio": round(statistics.median(t / o for o, t in zip(ours["seconds"], theirs["seconds"], strict=True)), 4),
+            "peer": {
+                "name": peer,
+                "version": f"transformers {transformers.__version__}",
+                **summary(theirs["seconds"]),
+            },
+            "ratio": round(
+                statistics.median(t / o for o, t in zip(ours["seconds"], theirs["seconds"], strict=True)), 4
+            ),
             "goal": goal,
             "extra_saved_kv_buffers": round((ours["saved"] - llama_saved) / buffer, 3),
         }

@@ -14,6 +14,7 @@ import hf_ext  # noqa: F401  registers "lime"
 from hf_ext.record import Step, edit, record
 from hf_ext.sites import Hook, resolve
 
+
 LAYERS, WIDTH, VOCAB = 3, 32, 61
 SHAPE = {
     "vocab_size": VOCAB,

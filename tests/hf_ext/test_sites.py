@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hf_ext.record import record
 from hf_ext.sites import FAMILIES, SITES, Hook, resolve
 
+
 LAYERS = 3
 SHAPE = {
     "vocab_size": 61,

