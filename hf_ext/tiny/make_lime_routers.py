@@ -27,6 +27,7 @@ from typing import Any
 
 ROWS, LENGTH, BATCH, HELD_OUT = 240, 256, 2, 64
 LEARNING_RATE = {"routers": 1e-2, "gains": 1e-2}
+SCANNED = {"routers": (1e-3, 3e-3, 1e-2, 3e-2), "gains": (3e-3, 1e-2, 3e-2, 1e-1)}
 SEEDS, SCAN_SEED = (0, 1, 2), 100
 RESULT = "lime-routers-smollm2"
 
@@ -221,7 +222,7 @@ def main() -> None:
     from tqdm import tqdm
 
     if args.scan:
-        jobs = [(arm, SCAN_SEED, lr) for lr in (1e-2, 3e-3, 3e-2) for arm in LEARNING_RATE]
+        jobs = [(arm, SCAN_SEED, lr) for arm, rates in SCANNED.items() for lr in rates]
     else:
         jobs = [(arm, seed, lr) for seed in SEEDS for arm, lr in LEARNING_RATE.items()]
     running: dict[Path, subprocess.Popen] = {}

@@ -12,20 +12,14 @@
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
 
 
 SHAPE = {"layers": 12, "width": 512, "heads": 8, "mlp": 1408, "vocab": 8192, "tokens": 512, "batch": 4}
 ROWS = {"lime_training_step-llama": ("llama", 0.95), "lime_training_step-concat": ("concat", 1.03)}
-RESULTS = Path(__file__).parent / "results"
 
 
 def build(kind: str):
@@ -128,11 +122,6 @@ def measure(kinds: tuple[str, str], pairs: int) -> dict[str, dict]:
     return out
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    return {"median": round(statistics.median(seconds), 4), "iqr": round(quarters[2] - quarters[0], 4)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=16, help="steps of each side (default 16)")
@@ -141,43 +130,28 @@ def main() -> None:
     if args.worker:
         worker(args.worker)
         return
-    import torch
+    import rows
     import transformers
 
     buffer = 2 * SHAPE["layers"] * SHAPE["batch"] * SHAPE["tokens"] * SHAPE["width"] * 4
-    llama_saved = None
+    llama_saved = 0
     for name, (peer, goal) in ROWS.items():
         got = measure(("lime", peer), args.pairs)
-        llama_saved = got["llama"]["saved"] if peer == "llama" else llama_saved
         ours, theirs = got["lime"], got[peer]
-        row = {
-            "name": name,
-            "command": f"python tests/benchmarks/lime_training_step.py --pairs {args.pairs}",
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip(),
-            "date": date.today().isoformat(),
-            "device": f"{platform.machine()} CPU, 1 thread, torch {torch.__version__}",
-            "shape": SHAPE,
-            "unit": "seconds per step",
-            "ours": summary(ours["seconds"]),
-            "peer": {
-                "name": peer,
-                "version": f"transformers {transformers.__version__}",
-                **summary(theirs["seconds"]),
-            },
-            "ratio": round(
-                statistics.median(t / o for o, t in zip(ours["seconds"], theirs["seconds"], strict=True)), 4
-            ),
-            "goal": goal,
-            "extra_saved_kv_buffers": round((ours["saved"] - llama_saved) / buffer, 3),
-        }
+        llama_saved = theirs["saved"] if peer == "llama" else llama_saved
+        extra = {"extra_saved_kv_buffers": round((ours["saved"] - llama_saved) / buffer, 3)}
         if peer == "concat":
-            row["peer"]["extra_saved_kv_buffers"] = round((theirs["saved"] - llama_saved) / buffer, 3)
-        path = RESULTS / f"{name}.json"
-        path.with_suffix(".tmp").write_text(json.dumps(row, indent=2) + "\n")
-        path.with_suffix(".tmp").replace(path)
-        print(json.dumps(row, indent=2))
+            extra["peer_extra_saved_kv_buffers"] = round((theirs["saved"] - llama_saved) / buffer, 3)
+        rows.write(
+            name,
+            f"python tests/benchmarks/lime_training_step.py --pairs {args.pairs}",
+            "seconds per step",
+            ours["seconds"],
+            (peer, f"transformers {transformers.__version__}", theirs["seconds"]),
+            goal,
+            shape=SHAPE,
+            **extra,
+        )
 
 
 if __name__ == "__main__":

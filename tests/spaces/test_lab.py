@@ -1,0 +1,370 @@
+"""The lab: what its API answers, what its pages say when something is wrong, and what a browser shows."""
+
+import html
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+gradio_client = pytest.importorskip("gradio_client", reason="the lab needs the extra: pip install hf_ext[demo]")
+LAB = Path(__file__).parents[2] / "spaces" / "lab"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """The modules of the Space, imported as it imports them."""
+    sys.path.insert(0, str(LAB))
+    try:
+        spec = importlib.util.spec_from_file_location("lab_app", LAB / "app.py")
+        app = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(app)
+        yield app
+    finally:
+        sys.path.remove(str(LAB))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama that never ends its turn, and a tokenizer with a chat template."""
+    target = tmp_path_factory.mktemp("models") / "llama"
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(target)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[1].zero_()  # the tokenizer's end token: never the likeliest
+    model.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def server(lab, folder):
+    demo = lab.build_demo(str(folder))
+    _, url, _ = demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **lab.LAUNCH)
+    yield url
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return gradio_client.Client(server, verbose=False)
+
+
+@pytest.fixture
+def slow(lab, monkeypatch):
+    """Tokens take their time, so that there is something to stop."""
+    import store
+
+    step = store.Loaded._step
+
+    def later(self, ids, cache):
+        time.sleep(0.03)
+        return step(self, ids, cache)
+
+    monkeypatch.setattr(store.Loaded, "_step", later)
+
+
+def loaded(lab, folder):
+    return lab.Store(str(folder)).get("")
+
+
+def test_without_temperature_the_lab_writes_what_generate_writes(lab, folder):
+    ours = loaded(lab, folder)
+    ids = ours.chat_ids([{"role": "user", "content": "Hello"}])
+    expected = ours.model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :]
+    tokens = list(ours.write(ids, max_new_tokens=20))
+    assert [token.id for token in tokens] == expected.tolist()
+
+
+def test_a_tokens_probability_is_the_models_own(lab, folder):
+    ours = loaded(lab, folder)
+    ids = ours.text_ids("Hello")
+    tokens = list(ours.write(ids, max_new_tokens=5))
+    written = [token.id for token in tokens]
+    logits = ours.model(torch.tensor([ids + written])).logits[0, len(ids) - 1 : -1].float()
+    expected = logits.softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0]
+    # bf16 keeps 8 bits, and the cached and the whole forward round differently: some steps of 2^-8, relative
+    torch.testing.assert_close(torch.tensor([token.probability for token in tokens]), expected, rtol=2**-5, atol=0)
+    assert all(token.top[0] == (token.id, pytest.approx(token.probability)) for token in tokens)
+
+
+def test_a_text_as_long_as_the_context_is_refused_and_one_shorter_gets_a_token(lab, folder):
+    ours = loaded(lab, folder)
+    ours.model.config.max_position_embeddings = 8
+    assert len(list(ours.write([5] * 7, max_new_tokens=20))) == 1
+    with pytest.raises(ValueError, match="got 8 tokens"):
+        next(ours.write([5] * 8, max_new_tokens=20))
+
+
+def test_the_store_loads_a_model_once_and_keeps_two(lab, folder, tmp_path):
+    store = lab.Store(str(folder))
+    assert store.get("").model is store.get(str(folder)).model
+    other = str(shutil.copytree(folder, tmp_path / "other"))
+    twin = store.lime(other)
+    assert len(store) == 2
+    assert store.lime(other) is twin
+
+
+def test_a_fresh_conversion_says_that_nothing_is_routed_and_writes_the_originals_text(lab, folder):
+    from pages import lime
+
+    store = lab.Store(str(folder))
+    plain, twin = store.get(""), store.lime("")
+    routers = lime.model_routers(twin)
+    assert "Nothing is routed yet" in lime.describe("it", routers)
+    assert list(lime.continuation(plain, "Hello"))[-1] == list(lime.continuation(twin, "Hello"))[-1]
+
+
+def cells(table):
+    rows = re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1])
+    return [re.findall(r"<td [^>]*--p:(\d+)[^>]*>([^<]*)</td>", row) for row in rows]
+
+
+def test_the_router_map_shows_each_weight_in_the_row_that_reads_and_the_column_that_is_read(lab):
+    from pages import lime
+
+    own = np.eye(2)[:, None]
+    weight = np.zeros((2, 3, 2))
+    weight[:, -1] = np.eye(2)
+    weight[0, 1, 1] = -0.5  # layer 2, head 0 reads layer 1, head 1
+    weight[1, 1, 0] = 0.25
+    weight[1, 0, 1] = 0.25
+    middle = np.concatenate([np.zeros((2, 1, 2)), own], axis=1)
+    routers = [([0], own), ([0, 1], middle), ([0, 1, 2], weight)]
+    assert cells(lime.router_map(routers, lime.MAX, lime.ALL, lime.ALL))[2] == [
+        ("50", ".25"),
+        ("100", ".5"),
+        ("100", "1"),
+    ]
+    assert cells(lime.router_map(routers, lime.SUM, lime.ALL, lime.ALL))[2][1] == ("100", ".75")
+    assert cells(lime.router_map(routers, lime.MAX, "0", "1"))[2] == [("0", "0"), ("100", "-.5"), ("0", "0")]
+    assert "2 as a LIMe model" not in lime.describe("it", routers)
+    assert "at most 0.50 away" in lime.describe("it", routers)
+
+
+def test_the_lens_map_ends_in_the_models_own_next_tokens(lab, folder):
+    from pages import lens
+    from views import visible
+
+    ours = loaded(lab, folder)
+    ids = ours.text_ids("Hello there")
+    found = lens.lens_example(ours, ids, len(ids) - 2)
+    top = ours.model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+    assert [guesses[0][0] for guesses in found["guesses"][-1]] == [ours.text([i], special=True) for i in top]
+    shown = cells(lens.lens_map(found, lens.TOP))
+    assert len(shown) == ours.model.config.num_hidden_layers + 1
+    assert [html.unescape(text) for _, text in shown[0]] == [visible(ours.text([i], special=True)) for i in top]
+
+
+def test_what_a_model_writes_is_escaped(lab):
+    from views import Cell, heat_map, token_text, write_text
+
+    evil = "<img src=x onerror=alert(1)>\"'"
+    cell = Cell(evil, 0.5, evil)
+    for shown in (
+        token_text([cell]),
+        heat_map(evil, [evil], [(evil, [cell])], label=evil),
+        write_text(evil, evil, evil),
+    ):
+        assert "<img" not in shown
+        assert 'onerror=alert(1)>"' not in shown
+
+
+def test_chat_streams_the_answer_token_by_token(client, lab, folder):
+    parts = list(client.submit("Hello", max_new_tokens=12, api_name="/chat"))
+    assert len(parts) == 12
+    assert all(later.startswith(earlier) for earlier, later in zip(parts, parts[1:], strict=False))
+    ours = loaded(lab, folder)
+    ids = ours.chat_ids([{"role": "user", "content": "Hello"}])
+    assert parts[-1] == ours.text([token.id for token in ours.write(ids, max_new_tokens=12)])
+
+
+def test_a_cancelled_chat_stops_and_the_next_one_is_answered(client, slow):
+    job = client.submit("Hello", max_new_tokens=3000, api_name="/chat")
+    next(iter(job))
+    job.cancel()
+    # one event at a time: this one would wait for all of the 3000 tokens, 90 s
+    start = time.monotonic()
+    assert len(list(client.submit("Hello", max_new_tokens=3, api_name="/chat"))) == 3
+    assert time.monotonic() - start < 30
+
+
+def test_a_bad_model_is_answered_with_the_sentence_that_names_the_cure(client, tmp_path):
+    with pytest.raises(Exception, match='without config.json. Give "smollm2", a model folder, a Hub id'):
+        client.predict("Hello", model=str(tmp_path), api_name="/chat")
+
+
+def test_an_unknown_page_is_refused_with_the_list(lab):
+    with pytest.raises(ValueError, match="lens, lime, got 'lenz'"):
+        lab.build_demo(only="lenz")
+
+
+def test_a_port_in_use_is_one_sentence_that_names_another_and_exit_code_1(folder):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        run = subprocess.run(
+            [sys.executable, str(LAB / "app.py"), "--model", str(folder)],
+            env={**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert run.returncode == 1
+    assert f"Port {port} is in use. Choose another one, for example GRADIO_SERVER_PORT={port + 1}." in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("page", ["lens", "lime"])
+def test_the_python_code_of_a_page_runs(lab, folder, page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = lab.PAGES[page].CODE
+    assert 'load("smollm2")' in code
+    code = code.replace(getattr(lab.PAGES[page], "TRAINED", ""), "")  # these fit SmolLM2 alone; see test_tiny.py
+    exec(compile(code.replace('load("smollm2")', f"load({str(folder)!r})"), page, "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_the_computed_examples_are_of_the_real_model():
+    lens = json.loads((LAB / "examples" / "lens.json").read_text())
+    assert lens["model"] == "smollm2"
+    assert lens["lens"]["layers"] == list(range(31))
+    assert "Paris" in lens["messages"][-1]["content"]
+    lime = json.loads((LAB / "examples" / "lime.json").read_text())
+    assert sum(np.size(router["weight"]) for router in lime["routers"][1:]) == 4176
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """Opens the lab at a width; afterwards: no error in the console, no request to anywhere else."""
+    errors, requests, contexts = [], [], []
+
+    def console(message):
+        # a cancelled event aborts its own stream
+        if message.type == "error" and "queue/data" not in message.location.get("url", ""):
+            errors.append(message.text)
+
+    def open_at(width, theme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=theme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", console)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(f"{server}?__theme={theme}")
+        page.get_by_text("million parameters").wait_for()
+        return page
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    assert errors == []
+    outside = [url for url in requests if not url.startswith((server, "data:", "blob:"))]
+    assert outside == []
+
+
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1280, "light")])
+def test_both_pages_are_full_at_once_and_no_wider_than_the_window(page, width, theme):
+    opened = page(width, theme)
+    for tab in ("Lens", "LIMe"):
+        opened.get_by_role("tab", name=tab, exact=True).click()
+        opened.locator(".lab-scroll td:visible").first.wait_for()
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_pointing_at_a_cell_tells_its_details(page):
+    opened = page(1280)
+    opened.locator(".lab-scroll td:visible").nth(3).hover()
+    opened.get_by_text("(position 3), layer 30:").wait_for()
+
+
+def test_an_answer_is_stopped_by_the_button_and_the_lens_follows(page, slow):
+    opened = page(390)
+    opened.get_by_role("spinbutton", name="Tokens at most").fill("128")
+    opened.get_by_role("textbox", name="Message").fill("Hello")
+    opened.get_by_role("button", name="Send").click()
+    opened.locator(".lab-text:visible span").nth(2).wait_for()
+    opened.get_by_role("button", name="Stop").first.click()
+    # the tiny model has 3 layers: 4 rows, where the example had 31
+    opened.wait_for_function("document.querySelectorAll('.lab-scroll')[0]?.querySelectorAll('tbody tr').length === 4")
+    assert opened.locator(".lab-text:visible span").count() < 128
+
+
+def test_a_model_that_cannot_be_had_is_said_plainly_and_the_example_stays(page, tmp_path):
+    opened = page(1280)
+    box = opened.get_by_role("textbox", name="Model").first
+    box.fill(str(tmp_path))
+    box.press("Enter")
+    opened.get_by_text("is not available").wait_for()
+    opened.get_by_text("without config.json").wait_for()
+    opened.get_by_role("textbox", name="Message").fill("Hello")
+    opened.get_by_role("button", name="Send").click()
+    opened.get_by_text("without config.json").wait_for()
+    assert opened.get_by_role("textbox", name="Message").input_value() == "Hello"
+    assert opened.locator(".lab-scroll td:visible").count() > 100
+
+
+def test_a_conversion_on_the_spot_shows_its_own_routers(page):
+    opened = page(1280)
+    opened.get_by_role("tab", name="LIMe", exact=True).click()
+    opened.get_by_role("button", name="Convert to LIMe").click()
+    opened.wait_for_function("document.querySelectorAll('.lab-scroll')[1]?.querySelectorAll('tbody tr').length === 3")
+    opened.get_by_text("Nothing is routed yet").wait_for()
