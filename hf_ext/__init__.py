@@ -12,20 +12,14 @@ from hf_ext._registration import register_models
 
 if TYPE_CHECKING:
     from hf_ext.lime import LimeConfig, LimeForCausalLM, LimeModel, lime_param_groups
-    from hf_ext.record import edit, record
-    from hf_ext.sites import Hook, resolve
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "Hook": "hf_ext.sites",
         "LimeConfig": "hf_ext.lime",
         "LimeForCausalLM": "hf_ext.lime",
         "LimeModel": "hf_ext.lime",
-        "edit": "hf_ext.record",
         "lime_param_groups": "hf_ext.lime",
-        "record": "hf_ext.record",
-        "resolve": "hf_ext.sites",
     },
 )
 

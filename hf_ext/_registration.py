@@ -1,10 +1,12 @@
 """Make our classes known to transformers without importing it.
 
-transformers reads no entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds).
-Instead each registration runs right after both modules it needs, the registry's and ours, have been executed; which of
-them comes first is the user's choice, and either may be what loads the other.
+transformers reads no entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds),
+so each registry is filled right after its own module has been executed. The registry of model classes is often executed
+amid another import (transformers.modeling_layers imports it before it has defined what our models need), so our models
+are not imported then: they are named, and found by transformers' own lazy look-up when one is asked for.
 """
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -15,24 +17,17 @@ from typing import Any, NamedTuple
 
 
 class Entry(NamedTuple):
-    """One model: its `model_type`, the modules of its configuration and its classes, and the class for each Auto."""
+    """One model: its `model_type`, package, configuration class, and the model class for each Auto class."""
 
     model_type: str
-    config: tuple[str, str]
-    modeling: str
+    package: str
+    config: str
     classes: dict[str, str]
 
 
 MODELS = [
-    Entry(
-        "lime",
-        ("hf_ext.lime.configuration_lime", "LimeConfig"),
-        "hf_ext.lime.modeling_lime",
-        {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"},
-    ),
+    Entry("lime", "hf_ext.lime", "LimeConfig", {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"}),
 ]
-_CONFIGS = "transformers.models.auto.configuration_auto"
-_CLASSES = "transformers.models.auto.modeling_auto"
 
 
 def _executed(name: str) -> bool:
@@ -47,18 +42,23 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
         return
 
     class AfterImport(MetaPathFinder):
+        looking = False
+
         def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-            if fullname != name:
+            if fullname != name or self.looking:
                 return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(fullname)
+            self.looking = True
+            try:
+                spec = importlib.util.find_spec(fullname)
+            finally:
+                self.looking = False
             if spec is None or spec.loader is None:
                 return spec
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                module.__spec__._initializing = False  # type: ignore[union-attr]  # executed: nothing of it is missing
+                sys.meta_path.remove(self)  # not before: others look a module up without executing it
                 action()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -67,32 +67,27 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
     sys.meta_path.insert(0, AfterImport())
 
 
-def _register(registry: str, ours: str, action: Callable[[ModuleType, ModuleType], None]) -> None:
-    """Run `action(registry, ours)` once both modules have been executed; the registry loads ours, not vice versa."""
+def _add_configs() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
 
-    def attempt() -> None:
-        if not _executed(registry):
-            return
-        if ours not in sys.modules:
-            importlib.import_module(ours)
-        if _executed(ours):  # else it is being executed now, and its own hook comes back here
-            action(sys.modules[registry], sys.modules[ours])
+    for entry in MODELS:
+        config = getattr(importlib.import_module(entry.package), entry.config)
+        AutoConfig.register(entry.model_type, config, exist_ok=True)
 
-    when_imported(ours, attempt)
-    when_imported(registry, attempt)
+
+def _add_classes() -> None:
+    from transformers.models.auto import modeling_auto
+
+    for entry in MODELS:
+        for auto, model in entry.classes.items():
+            # what transformers does for a model of its own: a model type, a class name, and the module that has it
+            mapping = getattr(modeling_auto, auto)._model_mapping
+            mapping._reverse_config_mapping[entry.config] = entry.model_type
+            mapping._model_mapping[entry.model_type] = model
+            mapping._modules[entry.model_type] = importlib.import_module(entry.package)  # lazy: loads no model
 
 
 def register_models() -> None:
     """Register every model of `MODELS` with the Auto classes, now or when transformers loads them."""
-    for entry in MODELS:
-
-        def add_config(auto: ModuleType, ours: ModuleType, entry: Entry = entry) -> None:
-            auto.AutoConfig.register(entry.model_type, getattr(ours, entry.config[1]), exist_ok=True)
-
-        def add_classes(auto: ModuleType, ours: ModuleType, entry: Entry = entry) -> None:
-            config = getattr(sys.modules[entry.config[0]], entry.config[1])
-            for name, model in entry.classes.items():
-                getattr(auto, name).register(config, getattr(ours, model), exist_ok=True)
-
-        _register(_CONFIGS, entry.config[0], add_config)
-        _register(_CLASSES, entry.modeling, add_classes)
+    when_imported("transformers.models.auto.configuration_auto", _add_configs)
+    when_imported("transformers.models.auto.modeling_auto", _add_classes)

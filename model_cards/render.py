@@ -35,7 +35,9 @@ def measured() -> str:
     parts = []
     rows = [read(path) for path in sorted((ROOT / "tests/benchmarks/results").glob("*.json"))]
     if rows:
-        parts.append("| benchmark | ours | peer | ratio (above 1: ours is better) | goal | command |\n|---|---|---|---|---|---|")
+        parts.append(
+            "| benchmark | ours | peer | ratio (above 1: ours is better) | goal | command |\n|---|---|---|---|---|---|"
+        )
         for row in rows:
             ours, peer = row["ours"], row["peer"]
             parts[-1] += (
@@ -47,7 +49,7 @@ def measured() -> str:
         parts.append(f"Devices: {'; '.join(devices)}. Pairs alternate in one run.")
         for row in rows:
             if "extra_saved_kv_buffers" in row:
-                text = f"`{row['name']}` saves {row['extra_saved_kv_buffers']} KV buffers beyond Llama for the backward pass"
+                text = f"`{row['name']}` saves {row['extra_saved_kv_buffers']} KV buffers beyond Llama for backward"
                 if "peer_extra_saved_kv_buffers" in row:
                     text += f", the peer {row['peer_extra_saved_kv_buffers']}"
                 parts.append(text + " (one buffer: the raw keys and values of all layers).")
@@ -55,7 +57,9 @@ def measured() -> str:
         result = read(path)
         table = "| arm | metric | n | mean | 95 % interval |\n|---|---|---|---|---|"
         for row in result["rows"]:
-            table += f"\n| {row['arm']} | {row['metric']} ({row['unit']}) | {row['n']} | {row['mean']} | {row['ci95']} |"
+            table += (
+                f"\n| {row['arm']} | {row['metric']} ({row['unit']}) | {row['n']} | {row['mean']} | {row['ci95']} |"
+            )
         parts += [f"`{result['command']}` ({result['model']}; {result['device']}; {result['date']}):", table]
         for claim in result["claims"]:
             parts.append(

@@ -95,8 +95,8 @@ def logit_lens(
     hooks = {str(row): _depth(model, row, num_layers) for row in rows}
     with torch.no_grad():
         with record(model, hooks) as streams:
-            final = model(**_inputs(input_ids, attention_mask), use_cache=False).logits.float().log_softmax(-1)
-        target = final.argmax(-1)
+            logits = model(**_inputs(input_ids, attention_mask), use_cache=False).logits.float()
+        final, target = _Final(logits.log_softmax(-1), logits.softmax(-1)), logits.argmax(-1)
         views = [_view(head(norm(streams[str(row)][0])), final, target, top_k) for row in rows]
     columns = (torch.stack(column) for column in zip(*views, strict=True))
     return LensOutput(rows, target_ids=target, **dict(zip(_View._fields, columns, strict=True)))
@@ -111,10 +111,16 @@ class _View(NamedTuple):
     kl: torch.Tensor
 
 
-def _view(logits: torch.Tensor, final: torch.Tensor, target: torch.Tensor, top_k: int) -> _View:
-    """One row's summaries from its logits and the model's log-probabilities, both [B, T, V]."""
-    logprobs = logits.float().log_softmax(-1)
-    probs = logprobs.exp()
+class _Final(NamedTuple):
+    logprobs: torch.Tensor
+    probs: torch.Tensor
+
+
+def _view(logits: torch.Tensor, final: _Final, target: torch.Tensor, top_k: int) -> _View:
+    """One row's summaries from its logits and the model's own distribution, all [B, T, V]."""
+    logits = logits.float()
+    # softmax again, since exp of very negative numbers is several times slower on a CPU
+    logprobs, probs = logits.log_softmax(-1), logits.softmax(-1)
     top_logprobs, top_ids = logprobs.topk(top_k, dim=-1)
     target_logprob = logprobs.gather(-1, target[..., None])
     return _View(
@@ -124,7 +130,7 @@ def _view(logits: torch.Tensor, final: torch.Tensor, target: torch.Tensor, top_k
         target_rank=(logprobs > target_logprob).sum(-1),
         entropy=-(probs * logprobs).sum(-1),
         # rounding may push a sum of nearly equal terms below zero
-        kl=(final.exp() * (final - logprobs)).sum(-1).clamp_min(0),
+        kl=(final.probs * (final.logprobs - logprobs)).sum(-1).clamp_min(0),
     )
 
 

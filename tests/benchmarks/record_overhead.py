@@ -12,7 +12,9 @@ import rows
 import torch
 from tqdm import tqdm
 
-from hf_ext import record, resolve, tiny
+from hf_ext import tiny
+from hf_ext.record import record
+from hf_ext.sites import resolve
 
 
 def main() -> None:

@@ -242,7 +242,7 @@ def test_the_rules_allow_what_is_meant(tmp_path):
 
 def lint(folder):
     """Exit code and output of import-linter over the packages that lie in `folder`."""
-    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr
 

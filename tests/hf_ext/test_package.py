@@ -1,0 +1,118 @@
+"""Importing hf_ext is free, public names are what they say, and registration does not depend on who is imported first.
+
+Each order of imports needs a fresh process, so a process checks all that its order can show.
+"""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import transformers
+
+import hf_ext
+from hf_ext._registration import MODELS
+
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "huggingface_hub", "numpy")
+TINY = "dict(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)"
+
+
+def type_checking_names(path):
+    """Name -> module of what a package's __init__.py imports for type checkers alone."""
+    tests = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+    (block,) = [node for node in tests if "TYPE_CHECKING" in ast.unparse(node.test)]
+    return {alias.name: node.module for node in block.body for alias in node.names}
+
+
+LAZY = [path for path in ROOT.glob("hf_ext/**/__init__.py") if "attach(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", LAZY, ids=lambda path: path.parent.relative_to(ROOT).as_posix())
+def test_the_public_names_are_importable_sorted_and_known_to_type_checkers(path):
+    package = import_module(".".join(path.parent.relative_to(ROOT).parts))
+    typed = type_checking_names(path)
+    assert package.__all__ == sorted(typed)
+    for name, module in typed.items():
+        assert getattr(package, name) is getattr(import_module(module), name)
+    assert set(package.__all__) <= set(dir(package))
+
+
+def test_an_unknown_name_is_refused_with_the_names_that_there_are():
+    with pytest.raises(AttributeError, match=f"no attribute 'LimModel'; it has {', '.join(hf_ext.__all__)}$"):
+        _ = hf_ext.LimModel
+    with pytest.raises(ImportError, match="cannot import name 'LimModel'"):
+        from hf_ext import LimModel  # noqa: F401
+    assert not hasattr(hf_ext, "_no_such_name")
+
+
+def test_every_registered_class_is_a_public_name():
+    names = {entry.config[1] for entry in MODELS} | {name for entry in MODELS for name in entry.classes.values()}
+    assert names <= set(hf_ext.__all__)
+    for entry in MODELS:
+        for auto, name in entry.classes.items():
+            config = getattr(hf_ext, entry.config[1])
+            assert getattr(transformers, auto)._model_mapping[config] is getattr(hf_ext, name)
+
+
+BUILD = f"""
+config = AutoConfig.for_model("lime", **{TINY})
+built = [type(model.from_config(config)) for model in (AutoModel, AutoModelForCausalLM)]
+import hf_ext
+assert built == [hf_ext.LimeModel, hf_ext.LimeForCausalLM], built
+"""
+HF_EXT_FIRST = f"""
+import sys
+import hf_ext
+assert set(hf_ext.__all__) <= set(dir(hf_ext))
+heavy = [name for name in {HEAVY} if name in sys.modules]
+assert not heavy, f"importing hf_ext and listing its names loads {{heavy}}"
+from transformers import AutoConfig
+assert AutoConfig.for_model("lime").model_type == "lime"
+assert "hf_ext.lime.modeling_lime" not in sys.modules, "a configuration loads the model's code"
+from transformers import AutoModel, AutoModelForCausalLM
+{BUILD}
+"""
+TRANSFORMERS_FIRST = f"""
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import hf_ext
+{BUILD}
+"""
+CONFIGS_FIRST = f"""
+from transformers import AutoConfig
+import hf_ext
+assert AutoConfig.for_model("lime").model_type == "lime"
+from transformers import AutoModel, AutoModelForCausalLM
+{BUILD}
+"""
+MODEL_FIRST = f"""
+import hf_ext.lime.modeling_lime
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+{BUILD}
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [HF_EXT_FIRST, TRANSFORMERS_FIRST, CONFIGS_FIRST, MODEL_FIRST],
+    ids=["hf_ext first", "transformers first", "transformers' configurations first", "the model's file first"],
+)
+def test_models_are_registered_whoever_is_imported_first(code, run_python):
+    run_python(code, block=())
+
+
+def test_a_public_name_is_not_hidden_by_the_module_of_its_name(run_python):
+    # the import system binds a submodule to its package, and `record` is the name of a module too
+    code = """
+    from hf_ext import edit, record
+    import hf_ext.analysis.lens, types
+    from hf_ext import *
+    import hf_ext
+    for name in hf_ext.__all__:
+        assert not isinstance(globals()[name], types.ModuleType), name
+        assert globals()[name] is getattr(hf_ext, name), name
+    assert hf_ext.hub.__name__ == "hf_ext.hub"
+    """
+    run_python(re.sub(r"^    ", "", code, flags=re.MULTILINE), block=())

@@ -46,14 +46,15 @@ def test_last_row_is_the_models_own_output_to_the_last_bit(model_type, dtype):
     model = copy.deepcopy(make(model_type)).to(dtype)
     out = logit_lens(model, IDS, top_k=4)
     with torch.no_grad():
-        logprobs = model(IDS).logits.float().log_softmax(-1)
+        logits = model(IDS).logits.float()
+    logprobs, probs = logits.log_softmax(-1), logits.softmax(-1)
     top = logprobs.topk(4)
     assert out.layers == [0, 1, 2, 3]
     assert torch.equal(out.top_ids[-1], top.indices)
     assert torch.equal(out.top_probs[-1], top.values.exp())
     assert torch.equal(out.target_ids, logprobs.argmax(-1))
     assert torch.equal(out.target_prob[-1], logprobs.exp().amax(-1))
-    assert torch.equal(out.entropy[-1], -(logprobs.exp() * logprobs).sum(-1))
+    assert torch.equal(out.entropy[-1], -(probs * logprobs).sum(-1))
     assert not out.target_rank[-1].any() and not out.kl[-1].any()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -61,8 +60,9 @@ def test_64_greedy_tokens_are_equal_and_routers_are_4176_numbers(llama, lime):
 
 
 def test_padded_batches_and_caches_give_single_rows_tokens_and_logits(llama, lime):
+    # a prompt of one token is left out: there Llama itself differs by 2e-4 between a padded batch and a single row
     tokenizer = llama[1]
-    texts = [PROMPT, "Once", "In the middle of the night, when all the others were asleep, the youngest"]
+    texts = [PROMPT, "Once upon a time", "In the middle of the night, when all the others were asleep, the youngest"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     out = lime.generate(**batch, max_new_tokens=16, do_sample=False, return_dict_in_generate=True, output_logits=True)
     length = batch.input_ids.shape[1]
@@ -80,7 +80,7 @@ def test_padded_batches_and_caches_give_single_rows_tokens_and_logits(llama, lim
             new = alone.sequences[0, single.input_ids.shape[1] :]
             assert torch.equal(new, out.sequences[row, length : length + len(new)])
             a, b = (torch.stack(o.logits)[: len(new), r] for o, r in ((alone, 0), (out, row)))
-            # the issue's bound for float32 of other shapes; logits reach 30
+            # float32 sums over other shapes, under logits of about 30
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
@@ -98,13 +98,15 @@ same = bool((model.lm_head(base(**inputs).last_hidden_state) == model(**inputs).
 ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 if {again!r}:
     model.save_pretrained({again!r})
-print(json.dumps([type(config).__name__, type(model).__name__, type(base).__name__, same, ids[0].tolist()]))
+print("JSON:" + json.dumps([type(config).__name__, type(model).__name__, type(base).__name__, same, ids[0].tolist()]))
 """
 
 
-def test_a_process_without_hf_ext_writes_the_same_text_and_saves_the_code_again(llama, lime, saved, run_python, tmp_path):
+def test_a_process_without_hf_ext_writes_the_same_text_and_saves_the_code_again(
+    llama, lime, saved, run_python, tmp_path
+):
     code = CLEAN.format(folder=str(saved), kwargs={}, prompt=PROMPT, again=str(tmp_path))
-    config, model, base, same, ids = json.loads(run_python(code).splitlines()[-1])
+    config, model, base, same, ids = json.loads(run_python(code).split("JSON:")[1])
     assert (config, model, base, same) == ("LimeConfig", "LimeForCausalLM", "LimeModel", True)
     assert ids == continue_text(lime, llama[1])[0].tolist()
     for name in ("configuration_lime.py", "modeling_lime.py"):
@@ -122,15 +124,18 @@ create_tag("tester/smollm2-lime", tag="v1")
 """
     run_python(push, env=loopback_hub.env, block=())
     code = CLEAN.format(folder="tester/smollm2-lime", kwargs={"revision": "v1"}, prompt=PROMPT, again="")
-    *names, same, ids = json.loads(run_python(code, env=loopback_hub.env).splitlines()[-1])
+    *names, same, ids = json.loads(run_python(code, env=loopback_hub.env).split("JSON:")[1])
     assert names == ["LimeConfig", "LimeForCausalLM", "LimeModel"] and same
     assert ids == continue_text(lime, llama[1])[0].tolist()
 
 
-def test_the_bundled_routers_are_small_and_load_by_name():
-    from hf_ext import tiny
+def test_the_bundled_routers_fit_and_change_the_model(llama, lime):
+    from hf_ext import LimeForCausalLM, tiny
 
-    model, _ = tiny.load("smollm2-lime", dtype="float32")
-    routers = [layer.self_attn.router.weight for layer in model.model.layers[1:]]
-    assert sum(r.numel() for r in routers) == 4176 and not torch.equal(routers[0][:, -1], torch.eye(3))
-    assert Path(tiny.__file__).with_name("lime_smollm2_routers.safetensors").stat().st_size < 64_000
+    routed = LimeForCausalLM.from_llama(llama[0])
+    routers = tiny.lime_routers()
+    missing, unexpected = routed.load_state_dict(routers, strict=False)
+    assert not unexpected and not any(".router." in name for name in missing)
+    assert sum(r.numel() for r in routers.values()) == 4176
+    ids = llama[1](PROMPT, return_tensors="pt").input_ids
+    assert not torch.allclose(routed(ids).logits, lime(ids).logits, atol=0.1)
