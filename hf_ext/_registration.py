@@ -1,7 +1,7 @@
 """Make our classes known to transformers without importing it.
 
 transformers reads no entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds),
-so each registry is filled right after its own module has been executed. The registry of model classes is often executed
+so each registry is filled right after its own module has been executed. The registry of model classes is often run
 amid another import (transformers.modeling_layers imports it before it has defined what our models need), so our models
 are not imported then: they are named, and found by transformers' own lazy look-up when one is asked for.
 """

@@ -77,35 +77,35 @@ class _RouteShared(torch.autograd.Function):
         weight: torch.Tensor | None,
         layer_idx: int,
         runs: list[tuple[int, int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.layer_idx, ctx.runs, ctx.shape = layer_idx, runs, key.shape
         ctx.save_for_backward(memory, weight)
         rows = memory.data
-        _kv_views(rows[layer_idx], key.shape)[0].copy_(key)
-        _kv_views(rows[layer_idx], key.shape)[1].copy_(value)
-        if weight is None:
-            return rows[layer_idx].clone(), memory.detach()
-        out = None
+        _fill(rows[layer_idx], key, value)
+        out = rows[layer_idx].clone() if weight is None else None
         for column, start, stop in runs:
             mixer = weight[:, column : column + stop - start].flatten(1).to(rows.dtype)
             source = rows[start:stop].flatten(0, 1)
             out = mixer @ source if out is None else out.addmm_(mixer, source)
-        return out, memory.detach()
+        return *_kv_views(out, key.shape), memory.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_memory: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         memory, weight = ctx.saved_tensors
+        *grads_kv, grad_memory = grads
         grad_weight = None
         fresh = grad_memory is None  # the newest layer: no other has written yet
         if fresh:
-            covered = grad_out is not None and sum(stop - start for _, start, stop in ctx.runs) == len(memory)
+            covered = sum(stop - start for _, start, stop in ctx.runs) == len(memory)
             grad_memory = torch.empty_like(memory) if covered else torch.zeros_like(memory)
-        if grad_out is not None and weight is None:
-            grad_memory[ctx.layer_idx] += grad_out
-        elif grad_out is not None:
-            grad_out = grad_out.contiguous()
+        if weight is None:
+            for row, grad in zip(_kv_views(grad_memory[ctx.layer_idx], ctx.shape), grads_kv, strict=True):
+                if grad is not None:
+                    row += grad
+        else:
+            grad_out = _fill(torch.empty_like(memory[0]), *grads_kv, shape=ctx.shape)
             grad_weight = torch.empty_like(weight)
             for column, start, stop in ctx.runs:
                 columns = slice(column, column + stop - start)
@@ -124,6 +124,15 @@ def _kv_views(row: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, 
     batch, tokens, heads, dim = shape
     kv = row.view(heads, 2, batch, tokens, dim)
     return kv[:, 0].permute(1, 2, 0, 3), kv[:, 1].permute(1, 2, 0, 3)
+
+
+def _fill(
+    row: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, shape: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Write keys and values [B, T, G, d] into one row [G, N]; None is zero."""
+    for view, tensor in zip(_kv_views(row, shape or key.shape), (key, value), strict=True):
+        view.zero_() if tensor is None else view.copy_(tensor)
+    return row
 
 
 class LimeRouter(nn.Module):
@@ -204,13 +213,13 @@ class LimeAttention(nn.Module):
             raw = torch.stack((key, value)).permute(3, 0, 1, 2, 4).reshape(heads, -1)
             memory = (*memory, raw)
             routed = raw if weight is None else route(weight, [memory[j] for j in self.router.sources])
+            key, value = _kv_views(routed, key.shape)
         else:
             if not memory:
                 memory = (key.new_empty(self.config.num_hidden_layers, heads, 2 * batch * tokens * dim),)
             runs = [] if self.router is None else self.router.runs
-            routed, *memory = _RouteShared.apply(*memory, key, value, weight, self.layer_idx, runs)
-        kv = routed.view(heads, 2, batch, tokens, dim)
-        return kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1), *memory
+            key, value, *memory = _RouteShared.apply(*memory, key, value, weight, self.layer_idx, runs)
+        return key.transpose(1, 2), value.transpose(1, 2), *memory
 
     def forward(
         self,
@@ -292,7 +301,7 @@ class LimePreTrainedModel(PreTrainedModel):
 
 
 class LimeModel(LimePreTrainedModel):
-    """The LIMe decoder without a head. Inputs and outputs are those of `LlamaModel`."""
+    """The LIMe decoder (arXiv 2502.09245 v2) without a head. Inputs and outputs are those of `LlamaModel`."""
 
     _auto_class = "AutoModel"
 
@@ -409,7 +418,10 @@ class LimeModel(LimePreTrainedModel):
 
 
 class LimeForCausalLM(LimePreTrainedModel, GenerationMixin):
-    """LIMe with a language-modelling head. Inputs, outputs and `generate` are those of `LlamaForCausalLM`."""
+    """
+    LIMe (arXiv 2502.09245 v2) with a language-modelling head. Inputs, outputs and `generate` are those of
+    `LlamaForCausalLM`; [`LimeForCausalLM.from_llama`] converts a pretrained model.
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

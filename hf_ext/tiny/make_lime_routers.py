@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -118,8 +119,10 @@ def run_cell(args: argparse.Namespace, cell: Path) -> None:
     trainer.train()
     cost = {
         "tokens": train.numel(),
+        "completions": 0,
         "wall_s": round(time.perf_counter() - start, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     after = held_out(lime, valid)
     if args.arm == "routers":
