@@ -3,7 +3,8 @@
 - Every field but the LIMe ones carries Llama's name, meaning and default.
 - `layer_types` is always filled, since transformers' masks and caches read it, and cut to `num_hidden_layers`, so that
   a deeper checkpoint loads as its first layers.
-- A keyword that nearly matches an option is refused: transformers' configs would keep it silently as an attribute.
+- An unknown keyword is refused, where transformers' configs would keep it silently as an attribute. What a config.json
+  holds besides (other tools write notes there) is kept, unless it is a misspelt option.
 """
 
 import difflib
@@ -16,6 +17,12 @@ from transformers import PreTrainedConfig
 
 # model types whose attention is Llama's up to biases, query/key norms and sliding windows
 CONVERTIBLE = ("llama", "mistral", "qwen2", "qwen3")
+# keywords that every configuration takes and PreTrainedConfig handles itself
+_GENERIC = {
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "per_layer_config", "quantization_config", "rope_scaling", "rope_theta", "tokenizer_class",
+    "torch_dtype",
+}  # fmt: skip
 
 
 @strict
@@ -131,11 +138,13 @@ class LimeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = [field.name for field in fields(self)]
+        from_file = self.transformers_version is not None
         for name in kwargs:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if near or name.startswith(("rout", "lime")):
-                hint = f"Did you mean `{near[0]}`?" if near else f"The routing options are {_options(known)}."
-                raise ValueError(f"`{name}` is not an option of LimeConfig, got {kwargs[name]!r}. {hint}")
+            if name in _GENERIC or name.startswith("_") or (from_file and not near and not name.startswith("rout")):
+                continue
+            hint = f"Did you mean `{near[0]}`?" if near else f"The routing options are {_options(known)}."
+            raise ValueError(f"`{name}` is not an option of LimeConfig, got {kwargs[name]!r}. {hint}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:

@@ -484,6 +484,7 @@ def test_sample_generate_repeats_with_its_seed():
         ({"rms_norm_eps": 1}, "rms_norm_eps"),
         ({"router_inti": "identity"}, "Did you mean `router_init`"),
         ({"routr": 3}, "routing options are"),
+        ({"n_layers": 3}, "`n_layers` is not an option of LimeConfig, got 3"),
         ({"layer_types": ["sliding_attention"] * 4}, "`sliding_window` must be given"),
         ({"sliding_window": 0}, "`sliding_window` must be at least 1"),
     ],
@@ -491,6 +492,19 @@ def test_sample_generate_repeats_with_its_seed():
 def test_a_wrong_option_is_named_before_a_model_is_built(options, message):
     with pytest.raises(Exception, match=message):
         LimeConfig(**{**SHAPE, **options})
+
+
+def test_notes_of_other_tools_in_a_config_file_are_kept(tmp_path):
+    import json
+
+    LimeConfig(**SHAPE).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"some_tools_note": 1}))
+    config = LimeConfig.from_pretrained(tmp_path)
+    assert config.some_tools_note == 1
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"routing_windw": 1}))
+    with pytest.raises(ValueError, match="Did you mean `routing_window`"):
+        LimeConfig.from_pretrained(tmp_path)
 
 
 def test_one_layer_routes_nothing():
