@@ -1,6 +1,7 @@
 """LIMe's mathematics, and what transformers' own test-suite asks of a causal LM, by the names it uses there."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -373,6 +374,17 @@ def test_torch_compile_fullgraph(routing):
     theirs = torch.autograd.grad(a.loss, list(model.parameters()))
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)  # float32, another order of sums
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize(("attn", "fullgraph"), [("sdpa", True), ("flex_attention", False)])
+def test_torch_compile_with_inductor(attn, fullgraph):
+    # flex breaks the graph while transformers builds its mask, in Llama too (transformers 5.23, torch 2.13)
+    model = lime(attn=attn, num_hidden_layers=2)
+    compiled = torch.compile(model, fullgraph=fullgraph)
+    ids = tokens(1, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=0, atol=1e-5)  # float32, fused sums
 
 
 def test_peft_lora_trains_on_top():
