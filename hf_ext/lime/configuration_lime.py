@@ -76,7 +76,7 @@ class LimeConfig(PreTrainedConfig):
             1 / sqrt(sources * G) (the paper, for training from scratch); `"identity"`: the others are 0 and the model
             equals its Llama (conversion).
         router_implementation (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` is one GEMM a layer over a shared buffer in eager mode, and the plain chain under
+            `"auto"` is two GEMMs a layer over a shared buffer in eager mode, and the plain chain under
             `torch.compile`; `"reference"` is the plain chain everywhere (needed for double backward).
         base_model_name_or_path (`str`, *optional*): Hub id of the model that this one was converted from.
 

@@ -2,12 +2,12 @@
 
 - Norm, MLP, RoPE and eager attention are transformers' own Llama parts; only what LIMe adds is written here.
 - `memory` is what layers hand on: flat positional tensors, since reentrant checkpointing differentiates only these.
-  Eagerly it is one buffer [L, G, N] that each layer fills (one GEMM a layer, `_RouteShared`); under torch.compile, and
-  on request, it is the growing list of raw tensors [G, N] (`route`, the plain reference). N = 2 * B * T * d.
+  Eagerly it is one buffer that each layer fills and mixes by two GEMMs (`_RouteShared`); under torch.compile, and on
+  request, it is the growing list of raw tensors [G, 2 B T d] (`route`, the plain reference).
 - Routing at a position reads that position only, so masks, padding, packing and every cache are Llama's. Cached are
   the routed keys (after RoPE) and values: a LIMe cache has exactly Llama's shape.
 - Routers are kept in float32 whatever the model's dtype (sums over sources * G terms), and used in the model's dtype.
-- This file travels to the Hub with configuration_lime.py and imports nothing else of ours.
+- This file travels to the Hub with configuration_lime.py and imports nothing else of ours: hence its length.
 """
 
 import os
@@ -45,7 +45,7 @@ def route(weight: torch.Tensor, raws: list[torch.Tensor]) -> torch.Tensor:
 
     Args:
         weight (`torch.Tensor` of shape `(G, S, G)`): R_l, from source j, head h' to head h.
-        raws (`list[torch.Tensor]`, S tensors of shape `(G, N)`): Raw keys and values of the sources.
+        raws (`list[torch.Tensor]`, S tensors of shape `(G, N)`): Raw keys and values of the sources, side by side.
 
     Returns:
         `torch.Tensor` of shape `(G, N)`.
@@ -60,7 +60,8 @@ def route(weight: torch.Tensor, raws: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _RouteShared(torch.autograd.Function):
-    """`route` over one buffer that all layers share: layer l writes row l, then mixes its source rows by one GEMM.
+    """`route` over one buffer [2, L, G, B T d] that all layers share, its planes keys and values: layer l writes row l,
+    then mixes its source rows by one GEMM a plane.
 
     The buffer is passed from layer to layer, in forward as values and in backward as one gradient to which every layer
     adds in place: each raw tensor has a single consumer, so autograd sums nothing. Rows are written through `.data`,
@@ -81,58 +82,50 @@ class _RouteShared(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.layer_idx, ctx.runs, ctx.shape = layer_idx, runs, key.shape
         ctx.save_for_backward(memory, weight)
-        rows = memory.data
-        _fill(rows[layer_idx], key, value)
-        out = rows[layer_idx].clone() if weight is None else None
-        for column, start, stop in runs:
-            mixer = weight[:, column : column + stop - start].flatten(1).to(rows.dtype)
-            source = rows[start:stop].flatten(0, 1)
-            out = mixer @ source if out is None else out.addmm_(mixer, source)
-        return *_kv_views(out, key.shape), memory.detach()
+        routed = []
+        for rows, raw in zip(memory.data, (key, value), strict=True):
+            _tokens_first(rows[layer_idx], key.shape).copy_(raw)
+            out = rows[layer_idx].clone() if weight is None else None
+            for column, start, stop in runs:
+                mixer = weight[:, column : column + stop - start].flatten(1).to(rows.dtype)
+                source = rows[start:stop].flatten(0, 1)
+                out = mixer @ source if out is None else out.addmm_(mixer, source)
+            routed.append(_tokens_first(out, key.shape))
+        return *routed, memory.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         memory, weight = ctx.saved_tensors
-        *grads_kv, grad_memory = grads
-        grad_weight = None
+        *grads_routed, grad_memory = grads
+        grad_weight = None if weight is None else torch.zeros_like(weight)
         fresh = grad_memory is None  # the newest layer: no other has written yet
         if fresh:
-            covered = sum(stop - start for _, start, stop in ctx.runs) == len(memory)
+            covered = sum(stop - start for _, start, stop in ctx.runs) == memory.shape[1] and None not in grads_routed
             grad_memory = torch.empty_like(memory) if covered else torch.zeros_like(memory)
-        if weight is None:
-            for row, grad in zip(_kv_views(grad_memory[ctx.layer_idx], ctx.shape), grads_kv, strict=True):
-                if grad is not None:
-                    row += grad
-        else:
-            grad_out = _fill(torch.empty_like(memory[0]), *grads_kv, shape=ctx.shape)
-            grad_weight = torch.empty_like(weight)
+        for rows, grad_rows, grad in zip(memory, grad_memory, grads_routed, strict=True):
+            if grad is None:
+                continue
+            if weight is None:
+                _tokens_first(grad_rows[ctx.layer_idx], ctx.shape).add_(grad)
+                continue
+            grad = grad.permute(2, 0, 1, 3).reshape(grad.shape[2], -1)
             for column, start, stop in ctx.runs:
                 columns = slice(column, column + stop - start)
                 mixer = weight[:, columns].flatten(1).to(memory.dtype)
-                rows = grad_memory[start:stop].flatten(0, 1)
-                torch.addmm(rows, mixer.t(), grad_out, beta=0 if fresh else 1, out=rows)
+                into = grad_rows[start:stop].flatten(0, 1)
+                torch.addmm(into, mixer.t(), grad, beta=0 if fresh else 1, out=into)
                 if ctx.needs_input_grad[3]:
-                    gram = memory[start:stop].flatten(0, 1) @ grad_out.t()  # on a CPU twice as fast as its transpose
-                    grad_weight[:, columns] = gram.t().to(weight.dtype).view_as(grad_weight[:, columns])
-        grad_key, grad_value = _kv_views(grad_memory[ctx.layer_idx], ctx.shape)
+                    gram = rows[start:stop].flatten(0, 1) @ grad.t()  # on a CPU twice as fast as its transpose
+                    grad_weight[:, columns] += gram.t().view_as(grad_weight[:, columns])
+        grad_key, grad_value = (_tokens_first(rows[ctx.layer_idx], ctx.shape) for rows in grad_memory)
         return grad_memory if ctx.needs_input_grad[0] else None, grad_key, grad_value, grad_weight, None, None
 
 
-def _kv_views(row: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and the values, each seen as [B, T, G, d], of one row [G, N]."""
+def _tokens_first(row: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """One row [G, B T d] seen as [B, T, G, d]."""
     batch, tokens, heads, dim = shape
-    kv = row.view(heads, 2, batch, tokens, dim)
-    return kv[:, 0].permute(1, 2, 0, 3), kv[:, 1].permute(1, 2, 0, 3)
-
-
-def _fill(
-    row: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, shape: tuple[int, ...] | None = None
-) -> torch.Tensor:
-    """Write keys and values [B, T, G, d] into one row [G, N]; None is zero."""
-    for view, tensor in zip(_kv_views(row, shape or key.shape), (key, value), strict=True):
-        view.zero_() if tensor is None else view.copy_(tensor)
-    return row
+    return row.view(heads, batch, tokens, dim).permute(1, 2, 0, 3)
 
 
 class LimeRouter(nn.Module):
@@ -213,10 +206,10 @@ class LimeAttention(nn.Module):
             raw = torch.stack((key, value)).permute(3, 0, 1, 2, 4).reshape(heads, -1)
             memory = (*memory, raw)
             routed = raw if weight is None else route(weight, [memory[j] for j in self.router.sources])
-            key, value = _kv_views(routed, key.shape)
+            key, value = (_tokens_first(half, key.shape) for half in routed.view(heads, 2, -1).unbind(1))
         else:
             if not memory:
-                memory = (key.new_empty(self.config.num_hidden_layers, heads, 2 * batch * tokens * dim),)
+                memory = (key.new_empty(2, self.config.num_hidden_layers, heads, batch * tokens * dim),)
             runs = [] if self.router is None else self.router.runs
             key, value, *memory = _RouteShared.apply(*memory, key, value, weight, self.layer_idx, runs)
         return key.transpose(1, 2), value.transpose(1, 2), *memory
@@ -408,7 +401,7 @@ class LimeModel(LimePreTrainedModel):
             return
         if torch.isfinite(hidden_states.detach().sum(dtype=torch.float32)):
             return
-        raws = list(memory[0]) if len(memory) == 1 and memory[0].dim() == 3 else list(memory)
+        raws = memory[0].transpose(0, 1) if memory and memory[0].dim() == 4 else memory
         bad = [i for i, raw in enumerate(raws) if not torch.isfinite(raw).all()]
         where = f"the keys or values of layer {bad[0]} are the first" if bad else "the keys and values are finite"
         raise FloatingPointError(

@@ -1,4 +1,7 @@
-"""LIMe's mathematics, and what transformers' own test-suite asks of a causal LM, by the names it uses there."""
+"""LIMe's mathematics, and what transformers' own test-suite asks of a causal LM, by the names it uses there.
+
+One file, as long as it is, so that it reads beside ModelTesterMixin and GenerationTesterMixin.
+"""
 
 import copy
 import shutil
