@@ -60,8 +60,8 @@ def route(weight: torch.Tensor, raws: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _RouteShared(torch.autograd.Function):
-    """`route` over one buffer [2, L, G, B T d] that all layers share, its planes keys and values: layer l writes row l,
-    then mixes its source rows by one GEMM a plane.
+    """`route` over one buffer [2, L, G, B T d] that all layers share, its planes keys and values: layer l writes row
+    l, then mixes its source rows by one GEMM a plane.
 
     The buffer is passed from layer to layer, in forward as values and in backward as one gradient to which every layer
     adds in place: each raw tensor has a single consumer, so autograd sums nothing. Rows are written through `.data`,
