@@ -6,6 +6,7 @@ dtype, a check of the result) and the authors' v2 layout, whose keys and values 
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,15 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], **ov
 
     Args:
         source (`str` or path): Hub id or folder of the source model.
-        folder (`str` or path): Where to save. Must not hold a model yet.
+        folder (`str` or path): Where to save, all at once: a new or empty folder.
         overrides: Options of [`LimeConfig`], for example `routing="first", routing_window=4`.
 
     Returns:
         `LimeForCausalLM`: the saved model; its logits were compared with the source's on one row of tokens.
 
     Raises:
-        ValueError: if the source is of another family or an option is wrong (before weights load), or `folder` already
-            holds a model.
+        ValueError: if the source is of another family or an option is wrong (before weights load), or `folder` holds
+            files.
         RuntimeError: if the logits differ, in which case nothing is saved.
     """
     import torch
@@ -44,8 +45,9 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], **ov
     from hf_ext.lime.configuration_lime import LimeConfig
     from hf_ext.lime.modeling_lime import LimeForCausalLM
 
-    if (Path(folder) / "config.json").exists():
-        raise ValueError(f"`folder` must not hold a model yet, got {folder} with a config.json. Name another folder.")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`folder` must be new or empty, got {folder}, which holds files. Name another folder.")
     LimeConfig.from_llama_config(AutoConfig.from_pretrained(source), **overrides)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     lime = LimeForCausalLM.from_llama(model, **overrides)
@@ -57,12 +59,15 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str], **ov
             f"The converted model must have the source's logits, and differs by {difference:.2e}. Please report the "
             f"source ({source})."
         )
-    lime.save_pretrained(folder)
+    part = folder.with_name(f"{folder.name}.part")  # a run that breaks leaves no half model
+    shutil.rmtree(part, ignore_errors=True)
+    lime.save_pretrained(part)
     # without files of its own a folder would get an empty tokenizer of its model type
     if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
         logger.warning("No tokenizer was saved: %s has none.", source)
     else:
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(part)
+    os.replace(part, folder)
     return lime
 
 

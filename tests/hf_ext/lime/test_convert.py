@@ -86,7 +86,7 @@ def test_the_command_converts_a_folder_and_says_that_it_has_no_tokenizer(tmp_pat
     assert "No tokenizer was saved" in caplog.text and not (tmp_path / "out" / "tokenizer_config.json").exists()
     again, model = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("out", "in"))
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    with pytest.raises(ValueError, match="must not hold a model yet"):
+    with pytest.raises(ValueError, match="must be new or empty"):
         convert(tmp_path / "in", tmp_path / "out")
 
 
