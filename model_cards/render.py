@@ -60,7 +60,10 @@ def measured() -> str:
             table += (
                 f"\n| {row['arm']} | {row['metric']} ({row['unit']}) | {row['n']} | {row['mean']} | {row['ci95']} |"
             )
-        parts += [f"`{result['command']}` ({result['model']}; {result['device']}; {result['date']}):", table]
+        parts += [
+            f"`{result['command']}` ({result['model']}; {result['data']}; {result['device']}; {result['date']}):",
+            table,
+        ]
         for claim in result["claims"]:
             parts.append(
                 f"`{claim['id']}`: {claim['statement']} **{claim['verdict']}**: {claim['statistic']} "

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import gradio
+import httpx
 import rows
 from gradio_client import Client
 from tqdm import tqdm
@@ -44,7 +45,7 @@ def first_token() -> float:
             try:
                 client = Client(f"http://127.0.0.1:{port}", verbose=False)
                 break
-            except (OSError, ValueError):
+            except (OSError, ValueError, httpx.HTTPError):
                 if demo.poll() is not None or time.perf_counter() - start > 120:
                     raise SystemExit("`make demo` gave no page: run it by hand to see why.") from None
                 time.sleep(0.1)
