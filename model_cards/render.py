@@ -47,6 +47,7 @@ def measured() -> str:
             )
         devices = sorted({f"{row['device']}, {row['date']}" for row in rows})
         parts.append(f"Devices: {'; '.join(devices)}. Pairs alternate in one run.")
+        parts += [f"`{row['name']}`: {row['note']}" for row in rows if row.get("note")]
         for row in rows:
             if "extra_saved_kv_buffers" in row:
                 text = f"`{row['name']}` saves {row['extra_saved_kv_buffers']} KV buffers beyond Llama for backward"

@@ -21,6 +21,12 @@ import time
 SHAPE = {"layers": 12, "width": 512, "heads": 8, "mlp": 1408, "vocab": 8192, "tokens": 512, "batch": 4}
 ROWS = {"lime_training_step-llama": ("llama", 0.95), "lime_training_step-concat": ("concat", 1.03)}
 
+NOTES = {
+    "lime_training_step-llama": "Missed. Besides the products of routing, glibc maps and zeroes the shared buffer and "
+    "its gradient anew at every step (page faults, in a profile about a third of the extra time). Blocks small enough "
+    "to be reused were tried: they cost more products and faults than they save."
+}
+
 
 def build(kind: str):
     import torch
@@ -150,6 +156,7 @@ def main() -> None:
             (peer, f"transformers {transformers.__version__}", theirs["seconds"]),
             goal,
             shape=SHAPE,
+            note=NOTES.get(name, ""),
             **extra,
         )
 

@@ -60,7 +60,6 @@ def test_64_greedy_tokens_are_equal_and_routers_are_4176_numbers(llama, lime):
 
 
 def test_padded_batches_and_caches_give_single_rows_tokens_and_logits(llama, lime):
-    # a prompt of one token is left out: there Llama itself differs by 2e-4 between a padded batch and a single row
     tokenizer = llama[1]
     texts = [PROMPT, "Once upon a time", "In the middle of the night, when all the others were asleep, the youngest"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
@@ -82,6 +81,13 @@ def test_padded_batches_and_caches_give_single_rows_tokens_and_logits(llama, lim
             a, b = (torch.stack(o.logits)[: len(new), r] for o, r in ((alone, 0), (out, row)))
             # float32 sums over other shapes, under logits of about 30
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_padded_prompt_of_one_token_has_llamas_logits_to_the_last_bit(llama, lime):
+    # left out above: there a padded batch and a single row of Llama itself differ by more than 1e-4
+    batch = llama[1]([PROMPT, "Once"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert torch.equal(lime(**batch).logits, llama[0](**batch).logits)
 
 
 CLEAN = """
