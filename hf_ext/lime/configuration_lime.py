@@ -138,6 +138,11 @@ class LimeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = [field.name for field in fields(self)]
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(
+                f"`model_type` must be {self.model_type!r}, got {kwargs['model_type']!r}. To convert a model "
+                "use LimeForCausalLM.from_llama."
+            )
         from_file = self.transformers_version is not None
         for name in kwargs:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)

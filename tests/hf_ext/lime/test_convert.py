@@ -102,6 +102,12 @@ def test_other_architectures_are_refused_with_those_that_work(kind, tmp_path):
         LimeConfig.from_llama_config(config)
 
 
+def test_a_llama_folder_is_not_taken_for_a_lime_model(tmp_path):
+    source("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be 'lime', got 'qwen2'.*from_llama"):
+        LimeForCausalLM.from_pretrained(tmp_path)
+
+
 def test_the_refusal_comes_before_any_weights_load(tmp_path, capsys):
     transformers.GPT2Config().save_pretrained(tmp_path)  # a configuration alone: loading weights would fail otherwise
     with pytest.raises(SystemExit):
