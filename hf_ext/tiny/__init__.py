@@ -25,7 +25,6 @@ __all__ = ["lime_routers", "load", "path"]
 logger = logging.getLogger(__name__)
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-ROUTERS = Path(__file__).with_name("lime_smollm2_routers")
 NAMES = 'Give "smollm2", a model folder, a Hub id like "user/model", or the path of the wheel of SmolLM2.'
 
 
@@ -133,9 +132,6 @@ def lime_routers() -> "dict[str, torch.Tensor]":
         `dict[str, torch.Tensor]`: name in the state dict of `LimeForCausalLM` -> `(head, source, source head)`,
         float32; 4,176 numbers in all.
 
-    Raises:
-        FileNotFoundError: if this installation lacks them.
-
     Example:
 
         lime = LimeForCausalLM.from_llama(load("smollm2")[0])
@@ -143,10 +139,7 @@ def lime_routers() -> "dict[str, torch.Tensor]":
     """
     from safetensors.torch import load_file
 
-    if not ROUTERS.is_dir():
-        raise FileNotFoundError("The trained routers must be in this installation, and are not. Install hf_ext again.")
-    (file,) = ROUTERS.glob("*.safetensors")
-    return load_file(file)
+    return load_file(Path(__file__).with_name("lime_smollm2_routers") / "routers.safetensors")
 
 
 def _from_hub(name: str) -> Path:

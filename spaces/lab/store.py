@@ -142,7 +142,7 @@ class Store:
 
             def convert() -> Loaded:
                 twin = LimeForCausalLM.from_llama(plain.model)
-                if plain.name == "smollm2" and tiny.ROUTERS.is_dir():
+                if plain.name == "smollm2":
                     twin.load_state_dict(tiny.lime_routers(), strict=False)
                 return Loaded(plain.name, twin, plain.tokenizer)
 

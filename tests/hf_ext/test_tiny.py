@@ -334,10 +334,6 @@ def test_smollm2_says_where_its_values_come_from():
 
 
 def test_the_bundled_routers_are_those_of_smollm2s_lime_twin(real):
-    if not tiny.ROUTERS.is_dir():
-        with pytest.raises(FileNotFoundError, match="Install hf_ext again"):
-            tiny.lime_routers()
-        pytest.skip("the routers are not bundled yet")
     from hf_ext import LimeForCausalLM
 
     lime = LimeForCausalLM.from_llama(real[0])

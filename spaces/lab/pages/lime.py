@@ -8,8 +8,6 @@ import numpy as np
 from store import MODEL, UNAVAILABLE, Loaded, Store
 from views import Cell, heat_map, read_example, view, write_text
 
-from hf_ext.tiny import ROUTERS
-
 
 TITLE = "LIMe"
 INTRO = """\
@@ -25,7 +23,7 @@ from hf_ext.tiny import lime_routers, load
 
 model, tokenizer = load("smollm2")  # or a folder, or a Hub id of a Llama, Mistral, Qwen2 or Qwen3
 lime = LimeForCausalLM.from_llama(model)  # the same text as the model: nothing is routed yet
-{TRAINED if ROUTERS.is_dir() else ""}
+{TRAINED}
 router = lime.model.layers[-1].self_attn.router
 print(router.sources, router.weight.abs().amax((0, 2)))  # how strongly the last layer reads each layer
 
