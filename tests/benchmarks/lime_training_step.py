@@ -22,9 +22,9 @@ SHAPE = {"layers": 12, "width": 512, "heads": 8, "mlp": 1408, "vocab": 8192, "to
 ROWS = {"lime_training_step-llama": ("llama", 0.95), "lime_training_step-concat": ("concat", 1.03)}
 
 NOTES = {
-    "lime_training_step-llama": "Missed. Besides the products of routing, glibc maps and zeroes the shared buffer and "
-    "its gradient anew at every step (page faults, in a profile about a third of the extra time). Blocks small enough "
-    "to be reused were tried: they cost more products and faults than they save."
+    "lime_training_step-llama": "Missed. The extra time is the products of routing, copies, and page faults, since "
+    "the shared buffer and its gradient are mapped anew at every step; how it divides was estimated. Blocks of at "
+    "most 24 MiB instead of one buffer had more page faults and no clear gain in time."
 }
 
 
