@@ -199,8 +199,8 @@ def collect(folder: Path, data: str) -> dict[str, Any]:
         "threshold": 0,
         "verdict": verdict,
         "note": "Student's t over 3 seeds. The paper trains from scratch and does not report it. Each arm has the "
-        "learning rate that did best in --scan (one seed, a third of the budget, figures in the JSON; the paper's 1e-2 "
-        "for routers did worse there than 3e-3). The grid was widened once, where the best lay at its edge.",
+        "learning rate that did best in --scan (one seed, a third of the budget, figures in JSON; the paper's 1e-2 "
+        "for routers did worse there than 3e-3). The grid was widened once, where the best lay at an edge.",
     }
     return {
         "schema": 1,
