@@ -75,6 +75,12 @@ class LimeConfig(PreTrainedConfig):
             `"identity_plus_noise"`: own layer and head 1, every other entry uniform with standard deviation
             1 / sqrt(sources * G) (the paper, for training from scratch); `"identity"`: the others are 0 and the model
             equals its Llama (conversion).
+        router_type (`str`, *optional*, defaults to `"kv"`):
+            What is looked up: `"kv"` mixes projected keys and values (the paper's v2). The paper's v1 mixes hidden
+            states by a softmax over layers, for each head: `"static"` learned weights; `"static_top_p"` of these the
+            fewest whose mass exceeds `router_top_p`; `"dynamic"` weights computed for each token. They need
+            `num_key_value_heads == num_attention_heads` and cannot start as the identity.
+        router_top_p (`float`, *optional*, defaults to 0.9): The mass that `"static_top_p"` keeps, in (0, 1).
         router_implementation (`str`, *optional*, defaults to `"auto"`):
             `"auto"` is two GEMMs a layer over a shared buffer in eager mode, and the plain chain under
             `torch.compile`; `"reference"` is the plain chain everywhere (needed for double backward).
@@ -133,6 +139,8 @@ class LimeConfig(PreTrainedConfig):
     routing: Literal["full", "first", "last", "period", "none"] = "full"
     routing_window: int | None = None
     router_init: Literal["identity_plus_noise", "identity"] = "identity_plus_noise"
+    router_type: Literal["kv", "static", "static_top_p", "dynamic"] = "kv"
+    router_top_p: float = 0.9
     router_implementation: Literal["auto", "reference"] = "auto"
     base_model_name_or_path: str | None = None
 
@@ -195,6 +203,23 @@ class LimeConfig(PreTrainedConfig):
             raise ValueError(
                 f"`routing_window` must be in [1, num_hidden_layers={self.num_hidden_layers}) for "
                 f"routing={self.routing!r}, got {self.routing_window}."
+            )
+
+    def validate_router_type(self) -> None:
+        """v1 mixes one input for each head, by a softmax: no shared keys and values, no identity."""
+        if not 0 < self.router_top_p < 1:
+            raise ValueError(f"`router_top_p` must be in (0, 1), got {self.router_top_p}.")
+        if self.router_type == "kv":
+            return
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must equal num_attention_heads={self.num_attention_heads} for "
+                f"router_type={self.router_type!r}, got {self.num_key_value_heads}. Grouped heads need 'kv'."
+            )
+        if self.router_init == "identity":
+            raise ValueError(
+                f"`router_init` must not be 'identity' for router_type={self.router_type!r}: a softmax over layers "
+                "never equals one of them. Train from scratch, or convert with router_type='kv'."
             )
 
     def sources(self, layer_idx: int) -> list[int]:

@@ -3,15 +3,15 @@
 - Norm, MLP, RoPE and eager attention are transformers' own Llama parts; only what LIMe adds is written here.
 - `memory` is what layers hand on: flat positional tensors, since reentrant checkpointing differentiates only these.
   Eagerly it is one buffer that each layer fills and mixes by two GEMMs (`_RouteShared`); under torch.compile, and on
-  request, it is the growing list of raw tensors [G, 2 B T d] (`route`, the plain reference).
+  request, it is the growing list of raw tensors [G, 2 B T d] (`route`, the plain reference). For the routers of the
+  paper's v1 it is the growing list of the layers' inputs [B, T, D], normed.
 - Routing at a position reads that position only, so masks, padding, packing and every cache are Llama's. Cached are
   the routed keys (after RoPE) and values: a LIMe cache has exactly Llama's shape.
-- Routers are kept in float32 whatever the model's dtype (sums over sources * G terms), and used in the model's dtype.
-- This file travels to the Hub with configuration_lime.py and imports nothing else of ours: hence its length.
+- This file travels to the Hub with configuration_lime.py and modeling_lime_routers.py, and imports nothing else of
+  ours.
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,141 +35,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lime import LimeConfig
-
-
-def route(weight: torch.Tensor, raws: list[torch.Tensor]) -> torch.Tensor:
-    """
-    Mix raw keys and values of several layers, plainly: out[h] = sum_j sum_h' R[h, j, h'] raws[j][h'].
-
-    Keeps nothing for backward but its inputs, so memory grows with the number of layers and not with its square.
-
-    Args:
-        weight (`torch.Tensor` of shape `(G, S, G)`): R_l, from source j, head h' to head h.
-        raws (`list[torch.Tensor]`, S tensors of shape `(G, N)`): Raw keys and values of the sources, side by side.
-
-    Returns:
-        `torch.Tensor` of shape `(G, N)`.
-
-    Source: arXiv 2502.09245 v2, section 3.
-    """
-    weight = weight.to(raws[0].dtype)
-    out = weight[:, 0] @ raws[0]
-    for j in range(1, len(raws)):
-        out = torch.addmm(out, weight[:, j], raws[j])
-    return out
-
-
-class _RouteShared(torch.autograd.Function):
-    """`route` over one buffer [2, L, G, B T d] that all layers share, its planes keys and values: layer l writes row
-    l, then mixes its source rows by one GEMM a plane.
-
-    The buffer is passed from layer to layer, in forward as values and in backward as one gradient to which every layer
-    adds in place: each raw tensor has a single consumer, so autograd sums nothing. Rows are written through `.data`,
-    outside autograd's version counting: no layer reads a row before the layer that owns it has written it, and a
-    checkpoint's second forward writes the same values again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        memory: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        weight: torch.Tensor | None,
-        layer_idx: int,
-        runs: list[tuple[int, int, int]],
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.layer_idx, ctx.runs, ctx.shape = layer_idx, runs, key.shape
-        ctx.save_for_backward(memory, weight)
-        routed = []
-        for rows, raw in zip(memory.data, (key, value), strict=True):
-            _tokens_first(rows[layer_idx], key.shape).copy_(raw)
-            out = rows[layer_idx].clone() if weight is None else None
-            for column, start, stop in runs:
-                mixer = weight[:, column : column + stop - start].flatten(1).to(rows.dtype)
-                source = rows[start:stop].flatten(0, 1)
-                out = mixer @ source if out is None else out.addmm_(mixer, source)
-            routed.append(_tokens_first(out, key.shape))
-        return *routed, memory.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        memory, weight = ctx.saved_tensors
-        *grads_routed, grad_memory = grads
-        grad_weight = None if weight is None else torch.zeros_like(weight)
-        fresh = grad_memory is None  # the newest layer: no other has written yet
-        if fresh:
-            covered = sum(stop - start for _, start, stop in ctx.runs) == memory.shape[1] and None not in grads_routed
-            grad_memory = torch.empty_like(memory) if covered else torch.zeros_like(memory)
-        for rows, grad_rows, grad in zip(memory, grad_memory, grads_routed, strict=True):
-            if grad is None:
-                continue
-            if weight is None:
-                _tokens_first(grad_rows[ctx.layer_idx], ctx.shape).add_(grad)
-                continue
-            grad = grad.permute(2, 0, 1, 3).reshape(grad.shape[2], -1)
-            for column, start, stop in ctx.runs:
-                columns = slice(column, column + stop - start)
-                mixer = weight[:, columns].flatten(1).to(memory.dtype)
-                into = grad_rows[start:stop].flatten(0, 1)
-                torch.addmm(into, mixer.t(), grad, beta=0 if fresh else 1, out=into)
-                if ctx.needs_input_grad[3]:
-                    gram = rows[start:stop].flatten(0, 1) @ grad.t()  # on a CPU twice as fast as its transpose
-                    grad_weight[:, columns] += gram.t().view_as(grad_weight[:, columns])
-        grad_key, grad_value = (_tokens_first(rows[ctx.layer_idx], ctx.shape) for rows in grad_memory)
-        return grad_memory if ctx.needs_input_grad[0] else None, grad_key, grad_value, grad_weight, None, None
-
-
-def _tokens_first(row: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """One row [G, B T d] seen as [B, T, G, d]."""
-    batch, tokens, heads, dim = shape
-    return row.view(heads, batch, tokens, dim).permute(1, 2, 0, 3)
-
-
-class LimeRouter(nn.Module):
-    """
-    R_l of one layer: which heads of which layers make its keys and values. No softmax, no sign constraint.
-
-    Attributes:
-        weight (`torch.nn.Parameter` of shape `(G, S, G)`, float32): (head, source, source head).
-        sources (`list[int]`): The S layers (0-based, its own last) that it reads.
-    """
-
-    def __init__(self, config: LimeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.sources = config.sources(layer_idx)
-        heads = config.num_key_value_heads
-        self.weight = nn.Parameter(torch.empty(heads, len(self.sources), heads, dtype=torch.float32))
-        # maximal runs of neighbouring layers as (first column, first layer, end): one GEMM each
-        self.runs: list[tuple[int, int, int]] = []
-        for column, source in enumerate(self.sources):
-            if self.runs and self.runs[-1][2] == source:
-                self.runs[-1] = (*self.runs[-1][:2], source + 1)
-            else:
-                self.runs.append((column, source, source + 1))
-
-    def initial_weight(self, noise: bool) -> torch.Tensor:
-        """Own layer and head 1; elsewhere U(-b, b), b = sqrt(3 / (S G)), with `noise`, else 0 (paper, section 3)."""
-        weight = torch.zeros_like(self.weight)
-        if noise:
-            bound = (3 / (weight.shape[1] * weight.shape[2])) ** 0.5
-            weight.uniform_(-bound, bound)
-        weight[:, -1] = torch.eye(weight.shape[0], device=weight.device)
-        return weight
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LimeRouter":
-        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            narrower = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
-            return tensor.to(moved.device) if narrower else moved
-
-        return super()._apply(keep_float32, recurse)
-
-    def extra_repr(self) -> str:
-        return f"heads={self.weight.shape[0]}, sources={self.sources}"
+from .modeling_lime_routers import LimeHiddenRouter, LimeRouter, _RouteShared, route, tokens_first, unit_rms
 
 
 class LimeAttention(nn.Module):
@@ -194,19 +60,39 @@ class LimeAttention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else None
-        self.router = LimeRouter(config, layer_idx) if config.sources(layer_idx) else None
+        kind = LimeRouter if config.router_type == "kv" else LimeHiddenRouter
+        self.router = kind(config, layer_idx) if config.sources(layer_idx) else None
+        # v1 norms what it looks up by a weight of its own
+        looks_up = self.router is not None and config.router_type != "kv"
+        self.source_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if looks_up else None
+
+    def look_up(self, memory: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """v1: key and value [B, H, T, d] of each head's own mixture of the layers' normed inputs, `memory`."""
+        batch, tokens, width = memory[-1].shape
+        mixed = self.router([memory[j] for j in self.router.sources]) * self.source_layernorm.weight
+
+        def project(linear: nn.Module) -> torch.Tensor:
+            if type(linear) is not nn.Linear:  # LoRA, quantised: all heads of each mixture, of which its own is kept
+                out = linear(mixed).view(-1, batch, tokens, len(mixed), self.head_dim)
+                return out.diagonal(dim1=0, dim2=3).permute(0, 3, 1, 2)
+            out = mixed @ linear.weight.view(-1, self.head_dim, width).transpose(1, 2)
+            if linear.bias is not None:
+                out = out + linear.bias.view(-1, 1, self.head_dim)
+            return out.view(-1, batch, tokens, self.head_dim).transpose(0, 1)
+
+        return project(self.k_proj), project(self.v_proj)
 
     def mix(self, key: torch.Tensor, value: torch.Tensor, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Raw key and value [B, T, G, d], memory so far -> routed ones [B, G, T, d], memory with the raw ones."""
         batch, tokens, heads, dim = key.shape
-        if self.config.routing == "none":
-            return key.transpose(1, 2), value.transpose(1, 2)
+        if self.config.routing == "none" or self.config.router_type != "kv":
+            return key.transpose(1, 2), value.transpose(1, 2), *memory
         weight = None if self.router is None else self.router.weight
         if torch.compiler.is_compiling() or self.config.router_implementation == "reference":
             raw = torch.stack((key, value)).permute(3, 0, 1, 2, 4).reshape(heads, -1)
             memory = (*memory, raw)
             routed = raw if weight is None else route(weight, [memory[j] for j in self.router.sources])
-            key, value = (_tokens_first(half, key.shape) for half in routed.view(heads, 2, -1).unbind(1))
+            key, value = (tokens_first(half, key.shape) for half in routed.view(heads, 2, -1).unbind(1))
         else:
             if not memory:
                 memory = (key.new_empty(2, self.config.num_hidden_layers, heads, batch * tokens * dim),)
@@ -229,11 +115,13 @@ class LimeAttention(nn.Module):
         if self.q_norm is not None:
             query = self.q_norm(query)
         query = query.transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*input_shape, -1, self.head_dim)
-        value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)
-
-        # route raw keys, then norm, then RoPE: the order that stays right if layers had norms or RoPEs of their own
-        key, value, *memory = self.mix(key, value, *memory)
+        if self.source_layernorm is not None:
+            key, value = self.look_up(memory)
+        else:
+            key = self.k_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+            value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+            # route raw keys, then norm, then RoPE: stays right if layers had norms or RoPEs of their own
+            key, value, *memory = self.mix(key, value, *memory)
         if self.k_norm is not None:
             key = self.k_norm(key)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -266,6 +154,8 @@ class LimeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, *memory: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        if self.self_attn.config.router_type != "kv":
+            memory = (*memory, unit_rms(hidden_states, self.input_layernorm.variance_epsilon))
         attended, _, *memory = self.self_attn(self.input_layernorm(hidden_states), *memory, **kwargs)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -291,6 +181,8 @@ class LimePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if module.__class__.__name__ == "LimeRouter":
             init.copy_(module.weight, module.initial_weight(self.config.router_init == "identity_plus_noise"))
+        elif module.__class__.__name__ == "LimeHiddenRouter":
+            init.copy_(module.weight, module.initial_weight(self.config.initializer_range))
 
 
 class LimeModel(LimePreTrainedModel):
@@ -403,7 +295,8 @@ class LimeModel(LimePreTrainedModel):
             return
         raws = memory[0].transpose(0, 1) if memory and memory[0].dim() == 4 else memory
         bad = [i for i, raw in enumerate(raws) if not torch.isfinite(raw).all()]
-        where = f"the keys or values of layer {bad[0]} are the first" if bad else "the keys and values are finite"
+        what = "keys or values" if self.config.router_type == "kv" else "normed inputs"
+        where = f"the {what} of layer {bad[0]} are the first" if bad else f"all {what} are finite"
         raise FloatingPointError(
             f"The hidden states of the last layer hold NaN or infinity; {where}. Check input and learning rate, "
             "or use bfloat16 or float32 where float16 overflows."
@@ -509,4 +402,4 @@ def _which(input_ids: torch.Tensor | None) -> str:
     return "neither." if input_ids is None else "both."
 
 
-__all__ = ["LimeForCausalLM", "LimeModel", "LimePreTrainedModel", "LimeRouter", "route"]
+__all__ = ["LimeForCausalLM", "LimeModel", "LimePreTrainedModel"]

@@ -1,0 +1,1 @@
+"""Training methods, and the recipes that measure them; each method is a sub-package of its own."""
