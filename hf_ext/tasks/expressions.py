@@ -4,8 +4,9 @@
 
 - Numbers are 0 to 60, one token each, every intermediate result included; operations are +, -, *.
 - A step carries out one operation: the leftmost of those whose two operands are numbers already.
-- Expressions are random binary trees; parentheses stand only where precedence needs them. Trees in which a number
-  would leave 0 to 60 are drawn again.
+- Expressions are random binary trees; parentheses stand only where precedence needs them. A tree is drawn from its
+  answer downwards, so every number is in range without a second try, all answers are equally likely, and
+  multiplication is about as common as addition. A factor is never 0, which would give the product away.
 
 Source: the arithmetic expressions of arXiv 2502.09245, section 4, whose data are not published.
 """
@@ -47,7 +48,8 @@ def sample(rng: random.Random, operands: int = 4) -> Expression:
     """
     if operands < 2:
         raise ValueError(f"`operands` must be at least 2, got {operands}.")
-    tree, answer = _tree(rng, operands)
+    answer = rng.randint(0, LARGEST)
+    tree = _tree(rng, operands, answer)
     steps = [_text(tree)]
     while not isinstance(tree, int):
         tree = _reduce(tree)
@@ -100,21 +102,22 @@ def final_answer(text: str) -> int | None:
     return int(last) if equals and before and last.strip().isdecimal() else None
 
 
-def _tree(rng: random.Random, operands: int) -> tuple[Tree, int]:
-    """A tree and its value."""
+def _tree(rng: random.Random, operands: int, value: int) -> Tree:
+    """A tree with that many operands and that value."""
     if operands == 1:
-        number = rng.randint(0, LARGEST)
-        return number, number
-    operation, split = rng.choice(OPERATIONS), rng.randint(1, operands - 1)
-    while True:
-        (left, a), (right, b) = _tree(rng, split), _tree(rng, operands - split)
-        value = _apply(operation, a, b)
-        if int(operation == "*") <= value <= LARGEST:
-            return (operation, left, right), value
-
-
-def _apply(operation: str, a: int, b: int) -> int:
-    return a + b if operation == "+" else a - b if operation == "-" else a * b
+        return value
+    split = rng.randint(1, operands - 1)
+    operation = rng.choice(OPERATIONS if value else ("+", "-"))
+    if operation == "+":
+        left = rng.randint(0, value)
+        right = value - left
+    elif operation == "-":
+        left = rng.randint(value, LARGEST)
+        right = left - value
+    else:
+        left = rng.choice([n for n in range(1, value + 1) if value % n == 0])
+        right = value // left
+    return operation, _tree(rng, split, left), _tree(rng, operands - split, right)
 
 
 def _reduce(tree: tuple[str, Tree, Tree]) -> Tree:
@@ -124,7 +127,7 @@ def _reduce(tree: tuple[str, Tree, Tree]) -> Tree:
         return operation, _reduce(left), right
     if not isinstance(right, int):
         return operation, left, _reduce(right)
-    return _apply(operation, left, right)
+    return left + right if operation == "+" else left - right if operation == "-" else left * right
 
 
 def _text(tree: Tree) -> str:

@@ -8,9 +8,9 @@
   told apart by them, layer by layer.
 - (d) `deep4-*`, `deep16-*`: the same language modelling at depth 4 and 16, 0.5 M tokens, 2 seeds.
 
-Equal parameters: the Llama's MLP is one unit wider, so that it never has fewer than the LIMe with its routers. Learning
-rates are the paper's for (a), 1e-3, and 1e-2 for routers; for (b) and (d) the Llama's best of `LEARNING_RATES` serves
-all arms. Training is in float32: bfloat16 autocast is slower on CPUs without instructions for it.
+Equal parameters: the Llama's MLP is one unit wider, so that it never has fewer than the LIMe with its routers.
+Learning rates are the paper's for (a), 1e-3, and 1e-2 for routers; for (b) and (d) the Llama's best of `LEARNING_RATES`
+serves all arms. Training is in float32: bfloat16 autocast is slower on CPUs without instructions for it.
 """
 
 from pathlib import Path
@@ -69,7 +69,9 @@ def cells(options: Options) -> list[Cell]:
     smoke = options.budget == "smoke"
     found = []
     for part, default in SEEDS.items():
-        kinds = ["llama", "lime", "first4", "last2", "v1_static"] if part == "text" else ["llama", "lime"]
+        kinds = list(KINDS) if part == "text" else ["llama", "lime"]
+        if smoke:  # one arm of each kind of code
+            kinds = {"sums": ["llama", "lime"], "text": ["llama", "v1_static"]}.get(part, [])
         for seed in range(options.seeds or (1 if smoke else default)):
             for kind in kinds:
                 if part == "sums":
@@ -79,7 +81,7 @@ def cells(options: Options) -> list[Cell]:
                     budget = tokens if part == "text" else deep_tokens
                     settings = {
                         "tokens": budget,
-                        "lr": min(LEARNING_RATES, key=LEARNING_RATES.get),
+                        "lr": min(LEARNING_RATES, key=lambda lr: LEARNING_RATES[lr]),
                         "rows": rows,
                         "verb_rows": verb_rows * (part == "text"),
                     }
@@ -92,9 +94,10 @@ def cells(options: Options) -> list[Cell]:
 def prepare(options: Options, folder: Path) -> dict[str, Any]:
     """A tokenizer of the training texts, and all their tokens, for (b) to (d)."""
     _, tokens, _, rows, verb_rows = SIZES[options.budget]
+    facts: dict[str, Any]
     train, held_out, facts = texts.load(options.text, DEFAULT_TEXT, characters=6 * tokens)
     needed = {"train": tokens, "held_out": (rows + verb_rows) * LENGTH}
-    facts |= {"vocabulary": VOCABULARY}
+    facts["vocabulary"] = VOCABULARY
     file = folder / f"tokens-{facts['data_sha256'][:12]}.safetensors"
     if not file.is_file():
         import torch
@@ -108,9 +111,9 @@ def prepare(options: Options, folder: Path) -> dict[str, Any]:
             # where each text starts, so that a seed can draw an order of texts
             parts[f"{name}_starts"] = torch.tensor([len(row) for row in ids]).cumsum(0)
         parts["verbs"] = torch.tensor([tokenizer.encode(verb).ids[0] for verb in VERBS])
-        part = file.with_suffix(".part")
-        save_file(parts, part, metadata={"format": "pt"})
-        part.replace(file)
+        half = file.with_suffix(".part")
+        save_file(parts, half, metadata={"format": "pt"})
+        half.replace(file)
     from safetensors.torch import load_file
 
     loaded = load_file(file)
@@ -178,7 +181,8 @@ def run_sums(cell: Cell, kind: str, place: Place) -> dict[str, Any]:
         groups=lime_param_groups(model, lr=cell.settings["lr"]),
         seed=cell.seed,
         evaluate=lambda model: {"nll_solution": sum(nll(model, valid)) / len(valid)},
-        every=EVERY if steps > EVERY else steps // 6,
+        every=EVERY if steps > EVERY * LAST else max(1, steps // 12),
+        save_every=max(1, steps // 5),
         share=0.98,
     )
     right = 0

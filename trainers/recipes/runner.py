@@ -178,7 +178,7 @@ def run_cell(recipe: ModuleType, folder: Path) -> None:
         earlier = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
         spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
         cell = Cell(spec["arm"], spec["seed"], spec["settings"])
-        head = {"arm": cell.arm, "seed": cell.seed, "settings": cell.settings, "commit": commit()}
+        head: dict[str, Any] = {"arm": cell.arm, "seed": cell.seed, "settings": cell.settings, "commit": commit()}
         try:
             found = recipe.run(cell, Place(folder, Path(spec["shared"]), progress))
             check_finite(found["metrics"])
