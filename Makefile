@@ -1,4 +1,5 @@
-# Two commands: `make demo` opens the lab, `make test` runs the suite. Both install into VENV first, and say what they do.
+# `make demo` opens the lab, `make test` runs the suite; both install into VENV first, and say what they do.
+# `make reproduce` runs every recipe at `small`, `make bench` every benchmark; a stopped run goes on where it was.
 #   PYTHON=python3.12        which Python makes the environment (3.11 or newer)
 #   VENV=path                another environment, for example one that has a CUDA build of torch: it is kept as it is
 #   PIP_ARGS="--index-url …" where torch comes from, see README
@@ -11,10 +12,10 @@ PIP = $(PY) -m pip --disable-pip-version-check
 LATEST = $(VENV)/.hf_ext
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style quality clean
+.PHONY: help demo test bench reproduce style quality clean
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 demo: $(LATEST)-demo
 	@echo "== preparing SmolLM2 (93 MB are fetched the first time)"
@@ -26,6 +27,12 @@ demo: $(LATEST)-demo
 test: $(LATEST)-dev
 	@echo "== running the tests"
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+reproduce: $(LATEST)-dev
+	@$(PY) -m trainers.recipes --all $(ARGS) && $(PY) model_cards/render.py && cat model_cards/results/results.md
+
+bench: $(LATEST)-dev
+	@$(PY) -m tests.benchmarks --all $(ARGS) && $(PY) model_cards/render.py && cat model_cards/results/results.md
 
 style: $(LATEST)-dev
 	@$(PY) -m ruff check --fix .

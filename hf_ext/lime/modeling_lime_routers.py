@@ -188,7 +188,7 @@ class LimeHiddenRouter(_Float32Module):
     def mixture(self, newest: torch.Tensor) -> torch.Tensor:
         """w in float32: `(H, S)`, or `(B, T, H, S)` for dynamic; sums to 1 over the sources."""
         if self.is_dynamic:
-            logits = nn.functional.linear(newest.float(), self.weight)
+            logits = nn.functional.linear(newest.to(self.weight.dtype), self.weight)
             return logits.view(*newest.shape[:-1], self.heads, -1).softmax(-1)
         weight = self.weight.softmax(-1)
         if self.top_p is None:

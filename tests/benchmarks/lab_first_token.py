@@ -1,6 +1,6 @@
 """Seconds from `make demo`, all installed and cached, to the first token of an answer.
 
-    python tests/benchmarks/lab_first_token.py
+    python -m tests.benchmarks lab_first_token
 
 Starts `make demo` on a free port, asks through gradio_client as soon as the page answers, and stops it; five times.
 The peer is the limit of 30 s that the project sets itself.
@@ -62,7 +62,7 @@ def main() -> None:
     seconds = [first_token() for _ in tqdm(range(RUNS), desc="starts")]
     rows.write(
         "lab_first_token-limit",
-        "python tests/benchmarks/lab_first_token.py",
+        "python -m tests.benchmarks lab_first_token",
         "seconds from make demo to the first token, 2 cores",
         seconds,
         ("the limit", f"gradio {gradio.__version__}", [LIMIT] * RUNS),

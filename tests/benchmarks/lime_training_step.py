@@ -1,7 +1,7 @@
 """A LIMe training step beside Llama's, and beside the authors' algorithm: time and memory.
 
-    python tests/benchmarks/lime_training_step.py               # both rows, about 12 minutes on one core
-    python tests/benchmarks/lime_training_step.py --pairs 2     # a quick look
+    python -m tests.benchmarks lime_training_step               # both rows, about 12 minutes on one core
+    python -m tests.benchmarks lime_training_step --pairs 2     # a quick look
 
 - L12 D512 G8 (of 8 heads) MLP 1408 vocabulary 8192, T512 B4, float32, one thread, AdamW: forward, backward, update.
 - Each side is a process of its own, started once; the two take turns step by step (machines are noisy, and a slow
@@ -150,7 +150,7 @@ def main() -> None:
             extra["peer_extra_saved_kv_buffers"] = round((theirs["saved"] - llama_saved) / buffer, 3)
         rows.write(
             name,
-            f"python tests/benchmarks/lime_training_step.py --pairs {args.pairs}",
+            f"python -m tests.benchmarks lime_training_step --pairs {args.pairs}",
             "seconds per step",
             ours["seconds"],
             (peer, f"transformers {transformers.__version__}", theirs["seconds"]),

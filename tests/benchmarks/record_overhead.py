@@ -1,6 +1,6 @@
 """What one `record` hook costs a forward of SmolLM2.
 
-    python tests/benchmarks/record_overhead.py
+    python -m tests.benchmarks record_overhead
 
 Forwards with and without the hook take turns in one process of one thread (one row of 128 tokens); the ratio is the
 median over pairs of plain time / recorded time. Goal: 0.95, that is at most 5 % overhead.
@@ -43,7 +43,7 @@ def main() -> None:
 
     rows.write(
         "record_overhead-plain",
-        "python tests/benchmarks/record_overhead.py",
+        "python -m tests.benchmarks record_overhead",
         "seconds per forward of 128 tokens, SmolLM2-135M float32",
         times["recorded"],
         ("the forward without a hook", f"torch {torch.__version__}", times["plain"]),

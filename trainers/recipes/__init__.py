@@ -15,4 +15,4 @@ A recipe is a module here, listed in `NAMES`. It holds:
 - `finish(folder, cells, options)`: optional; ships what a cell made (bundled weights), at `small` and `full` only.
 """
 
-NAMES = ("lime", "stories", "lime_routers_smollm2")
+NAMES = ("lime",)
