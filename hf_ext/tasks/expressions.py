@@ -70,7 +70,8 @@ def dataset(size: int, seed: int = 0, operands: int = 4, exclude: Iterable[str] 
     Raises:
         ValueError: if so many distinct expressions do not exist.
     """
-    rng, seen, found, repeats = random.Random(seed), set(exclude), [], 0
+    rng, seen, repeats = random.Random(seed), set(exclude), 0
+    found: list[Expression] = []
     while len(found) < size:
         expression = sample(rng, operands)
         if expression.prompt not in seen:

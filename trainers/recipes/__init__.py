@@ -12,7 +12,6 @@ A recipe is a module here, listed in `NAMES`. It holds:
   number) and, where wanted, `completions`, `series` (name -> list of numbers) and `cost` (speeds).
 - `claims(cells) -> list[dict]`: made with `statistics.claim`; thresholds stand in the module, before any run.
 - `plot(result, figure)`: optional; draws from the result's JSON on a matplotlib figure.
-- `finish(folder, cells, options)`: optional; ships what a cell made (bundled weights), at `small` and `full` only.
 """
 
-NAMES = ("lime",)
+NAMES = ("lime", "stories")

@@ -9,8 +9,9 @@
 - (d) `deep4-*`, `deep16-*`: the same language modelling at depth 4 and 16, 0.5 M tokens, 2 seeds.
 
 Equal parameters: the Llama's MLP is one unit wider, so that it never has fewer than the LIMe with its routers.
-Learning rates are the paper's for (a), 1e-3, and 1e-2 for routers; for (b) and (d) the Llama's best of `LEARNING_RATES`
-serves all arms. Training is in float32: bfloat16 autocast is slower on CPUs without instructions for it.
+Learning rates are the paper's for (a), 1e-3, and 1e-2 for routers; for (b) and (d) the Llama's best of
+`LEARNING_RATES` serves all arms. Training is in float32: bfloat16 autocast is slower on CPUs without instructions for
+it.
 """
 
 from pathlib import Path

@@ -93,8 +93,6 @@ def run(recipe: ModuleType, name: str, options: Options, *, work: Path, out: Pat
     done = [json.loads((folder / "cell.json").read_text(encoding="utf-8")) for folder in folders]
     result = collect(recipe, name, options, facts, done)
     write(out, result)
-    if hasattr(recipe, "finish") and options.budget != "smoke" and all(c["status"] == "done" for c in done):
-        recipe.finish(folders, done, options)
     return result
 
 
@@ -118,7 +116,8 @@ def run_cells(name: str, cells: list[Cell], folders: list[Path], jobs: int) -> N
         return round(sum(cell.weight * progress_of(folder) for cell, folder in zip(cells, folders, strict=True)), 3)
 
     total = round(sum(cell.weight for cell in cells), 3)
-    bar = tqdm(total=total, initial=covered(), desc=name, bar_format=BAR)
+    pause = 0.5 if sys.stderr.isatty() else 30  # a log needs fewer lines than a terminal
+    bar = tqdm(total=total, initial=covered(), desc=name, bar_format=BAR, mininterval=pause, miniters=0)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -133,11 +132,10 @@ def run_cells(name: str, cells: list[Cell], folders: list[Path], jobs: int) -> N
                     del running[at]
                     if process.returncode and not (folders[at] / "cell.json").is_file():
                         raise RuntimeError(f"A cell was killed; run again to go on. See {folders[at] / 'log.txt'}.")
-            bar.n = covered()
-            bar.set_postfix_str(", ".join(f"{cells[at].arm}-{cells[at].seed}" for at in running))
+            bar.set_postfix_str(", ".join(f"{cells[at].arm}-{cells[at].seed}" for at in running), refresh=False)
+            bar.update(covered() - bar.n)
             time.sleep(0.2)
-        bar.n = bar.total
-        bar.refresh()
+        bar.update(bar.total - bar.n)
     finally:
         bar.close()
         for process in running.values():  # stopped by the user: checkpoints are there

@@ -1,0 +1,319 @@
+"""The bundled language model and its LIMe twin: micro-stories and word problems with known answers.
+
+    python -m trainers.recipes stories --budget small      # the models lie in the cells' folders afterwards
+
+- Both arms see the same rows in the same order: chats of stories (about two thirds of the tokens), word problems and
+  sums, joined and cut to rows of 256 tokens. No row comes twice.
+- A fifth of the operand pairs is held out (`word_problems.held_out`), in problems, sums and counts of stories alike:
+  stories that use one are drawn again. So the entropy of what is seen is that of the grammar plus log Z, where Z is
+  the share of stories that pass, estimated from 20 000.
+- Everything is measured on the weights as shipped, rounded to bfloat16; the arithmetic is float32.
+- The tokenizer is a byte-level BPE of its own: digits stand alone, a chat turn is <|im_start|>role ... <|im_end|>.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from trainers.recipes import statistics
+from trainers.recipes.fit import fit, nll, remove_checkpoints
+from trainers.recipes.runner import Cell, Options, Place
+
+
+PAPER = "2502.09245"
+ACCEPTS = ()
+UNITS = {
+    "gap": "nats per token above the grammar's entropy, held-out stories",
+    "entropy": "nats per token of the grammar",
+    "nll": "nats per token of held-out stories, given the prompt",
+    "parsed": "share of sampled stories",
+    "word_problems": "share right, operand pairs that training never saw",
+    "word_problems_seen": "share right, operand pairs of training",
+    "sums": "share right, operand pairs that training never saw",
+    "majority": "share of the commonest answer",
+    "tokens_per_cpu_s": "training tokens per CPU second",
+}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+VOCABULARY, LENGTH, BATCH = 768, 256, 8
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# budget -> steps, items that are measured
+SIZES = {"smoke": (12, 8), "small": (2500, 200), "full": (25_000, 1000)}
+# metric, split of the operand pairs, kind of the problem
+ASKED = (("word_problems", "held_out", "word"), ("word_problems_seen", "train", "word"), ("sums", "held_out", "sum"))
+LEARNING_RATE, HELD_OUT_SEED = 3e-3, 10_000
+
+
+def cells(options: Options) -> list[Cell]:
+    """The Llama and its twin, for each seed."""
+    steps, items = SIZES[options.budget]
+    settings = {"steps": steps, "items": items, "lr": LEARNING_RATE}
+    return [Cell(arm, seed, settings) for seed in range(options.seeds or 1) for arm in ("llama", "lime")]
+
+
+def prepare(options: Options, folder: Path) -> dict[str, Any]:
+    """The tokenizer, the same for all cells."""
+    from transformers import PreTrainedTokenizerFast
+
+    from trainers.recipes.texts import train_bpe
+
+    if not (folder / "tokenizer.json").is_file():
+        rng = random.Random(HELD_OUT_SEED + 1)
+        texts = ["\n".join(message["content"] for message in chat(rng)) for _ in range(4000)]
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=train_bpe(texts, VOCABULARY, [PAD, START, END]),
+            pad_token=PAD,
+            eos_token=END,
+            additional_special_tokens=[START],
+            padding_side="left",
+            model_max_length=SHAPE["max_position_embeddings"],
+            clean_up_tokenization_spaces=False,
+        )
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder)
+    return {"data": "hf_ext.tasks: stories, word_problems"}
+
+
+def chat(rng: random.Random) -> list[dict[str, str]]:
+    """One training example: a story or a problem with equal chances (a story is about twice as long)."""
+    from hf_ext.tasks import stories, word_problems
+
+    if rng.random() < 0.5:
+        story = seen_story(rng)
+        return stories.messages(story.prompt, story.text)
+    problem = word_problems.sample(rng, "train")
+    return stories.messages(problem.question, problem.answer)
+
+
+def seen_story(rng: random.Random) -> Any:
+    """A story whose counts use no held-out pair of operands."""
+    from hf_ext.tasks import stories
+
+    while uses_held_out(story := stories.sample(rng)):
+        pass
+    return story
+
+
+def uses_held_out(story: Any) -> bool:
+    """Whether a count of the story adds or takes away a held-out pair."""
+    from hf_ext.tasks.word_problems import held_out
+
+    counts = [int(span.value) for span in story.spans if span.latent == "number"]
+    return any(held_out(a, abs(b - a)) for a, b in zip(counts, counts[1:], strict=False))
+
+
+def run(cell: Cell, place: Place) -> dict[str, Any]:
+    """Train one arm, round it to bfloat16, save it, and measure it."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from hf_ext import LimeConfig, LimeForCausalLM
+    from hf_ext.lime import lime_param_groups
+
+    tokenizer = AutoTokenizer.from_pretrained(place.shared)
+    steps, items = cell.settings["steps"], cell.settings["items"]
+    rows = packed(tokenizer, steps * BATCH, cell.seed)
+    torch.manual_seed(cell.seed)
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    kind = (LlamaConfig, LlamaForCausalLM) if cell.arm == "llama" else (LimeConfig, LimeForCausalLM)
+    model = kind[1](kind[0](vocab_size=len(tokenizer), **SHAPE, **tokens))
+    held_out = stories_of(tokenizer, items, HELD_OUT_SEED)
+    log, speed = fit(
+        model,
+        rows,
+        place,
+        steps=steps,
+        batch_size=BATCH,
+        groups=lime_param_groups(model, lr=cell.settings["lr"]),
+        seed=cell.seed,
+        schedule="cosine",
+        warmup=max(1, steps // 20),
+        evaluate=lambda model: {"nll": mean(nll(model, held_out[:64], batch_size=16))},
+        every=max(1, steps // 10),
+        save_every=max(1, steps // 5),
+        share=0.9,
+    )
+    model.to(torch.bfloat16).save_pretrained(place.folder / "model")
+    tokenizer.save_pretrained(place.folder / "model")
+    model.to(torch.float32).eval()
+    with torch.no_grad():
+        measured = measure(model, tokenizer, held_out, items)
+    remove_checkpoints(place.folder)
+    return {
+        "params_trained": sum(p.numel() for p in model.parameters()),
+        "tokens": steps * BATCH * LENGTH,
+        "series": {name: [round(entry[name], 5) for entry in log] for name in ("step", "nll")} | measured["series"],
+        "metrics": measured["metrics"],
+        "samples": measured["samples"],
+        "cost": {"tokens_per_cpu_s": speed},
+    }
+
+
+def packed(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows of chats, joined."""
+    import torch
+
+    rng, ids = random.Random(seed), []
+    while len(ids) < count * LENGTH:
+        texts = [tokenizer.apply_chat_template(chat(rng), tokenize=False) for _ in range(1000)]
+        ids += [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
+    rows = torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def stories_of(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:
+    """Held-out stories as rows, padded on the right, whose labels are the answers; with their log probability."""
+    import torch
+
+    from hf_ext.tasks import stories
+
+    rng, rows = random.Random(seed), []
+    for _ in range(count):
+        story = seen_story(rng)
+        asked = tokenizer.apply_chat_template(
+            stories.messages(story.prompt), tokenize=False, add_generation_prompt=True
+        )
+        prompt = tokenizer(asked)["input_ids"]
+        ids = prompt + tokenizer(story.text + END)["input_ids"]
+        row = torch.full((LENGTH,), tokenizer.pad_token_id)
+        row[: len(ids)] = torch.tensor(ids)
+        labels = torch.full((LENGTH,), -100)
+        labels[len(prompt) : len(ids)] = row[len(prompt) : len(ids)]
+        rows.append({"input_ids": row, "labels": labels, "log_prob": story.log_prob - story.prompt_log_prob})
+    return rows
+
+
+def measure(model: Any, tokenizer: Any, held_out: list[dict[str, Any]], items: int) -> dict[str, Any]:
+    """Everything but the training curve; the figures of single items are kept, for their intervals."""
+    import math
+
+    from hf_ext.tasks import stories, word_problems
+
+    rng = random.Random(HELD_OUT_SEED + 2)
+    passed = sum(not uses_held_out(stories.sample(rng)) for _ in range(20_000)) / 20_000
+    lengths = [int((row["labels"] != -100).sum()) for row in held_out]
+    losses = [loss * n for loss, n in zip(nll(model, held_out, batch_size=16), lengths, strict=True)]
+    # per story: nats above -log p(story | prompt, no held-out pair), divided by the mean length
+    typical = mean(lengths)
+    exact = [-row["log_prob"] + math.log(passed) for row in held_out]
+    gaps = [(loss - least) / typical for loss, least in zip(losses, exact, strict=True)]
+
+    prompts = [row["prompt"] for row in stories.dataset(items, seed=HELD_OUT_SEED + 3)]
+    texts = write(model, tokenizer, prompts, max_new_tokens=160, do_sample=True)
+    parsed = [float(parses(prompt[0]["content"], text)) for prompt, text in zip(prompts, texts, strict=True)]
+    answers: dict[str, list[float]] = {}
+    shares = {}
+    wanted = (
+        ("word_problems", "held_out", "word"),
+        ("word_problems_seen", "train", "word"),
+        ("sums", "held_out", "sum"),
+    )
+    for name, split, kind in wanted:
+        problems = word_problems.dataset(items, seed=HELD_OUT_SEED + 4, split=split, kind=kind)
+        written = write(model, tokenizer, [row["prompt"] for row in problems], max_new_tokens=6)
+        answers[name] = [float(word_problems.correct(t, r["answer"])) for t, r in zip(written, problems, strict=True)]
+        shares[name] = word_problems.majority_answer(problems)[1]
+    metrics = {
+        "nll": sum(losses) / sum(lengths),
+        "entropy": sum(exact) / sum(lengths),
+        "gap": mean(gaps),
+        "parsed": mean(parsed),
+        **{name: mean(values) for name, values in answers.items()},
+        "majority": shares["word_problems"],
+    }
+    series = {"gap": [round(gap, 5) for gap in gaps], "parsed": parsed, **answers}
+    samples = [[p[0]["content"], text] for p, text in zip(prompts[:10], texts[:10], strict=True)]
+    return {"metrics": metrics, "series": series, "samples": samples}
+
+
+def write(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]], **options: Any) -> list[str]:
+    """The model's answers; greedy, or with `do_sample` from its own distribution."""
+    import torch
+
+    if options.get("do_sample"):
+        torch.manual_seed(HELD_OUT_SEED)
+        options |= {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    found: list[str] = []
+    for start in range(0, len(prompts), 50):
+        asked = tokenizer.apply_chat_template(
+            prompts[start : start + 50],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        kept = {name: asked[name] for name in ("input_ids", "attention_mask")}
+        out = model.generate(**kept, **options)[:, asked["input_ids"].shape[1] :]
+        found += tokenizer.batch_decode(out, skip_special_tokens=True)
+    return found
+
+
+def parses(prompt: str, text: str) -> bool:
+    """Whether the grammar could have answered so."""
+    from hf_ext.tasks import stories
+
+    try:
+        stories.parse(prompt, text)
+    except ValueError:
+        return False
+    return True
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def claims(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of seed 0, which is what is bundled; intervals are bootstraps over items."""
+    found = []
+    for arm, name in (("llama", "stories"), ("lime", "stories_lime")):
+        cell = next((c for c in cells if (c["arm"], c["seed"], c["status"]) == (arm, 0, "done")), None)
+        for id, statement, metric, threshold, side in (
+            ("parse", "Stories sampled at temperature 1 are of the grammar.", "parsed", 0.9, "above"),
+            (
+                "adds",
+                "It solves word problems with operand pairs that training never saw.",
+                "word_problems",
+                0.6,
+                "above",
+            ),
+            ("entropy", "Its loss on held-out stories is close to the grammar's entropy.", "gap", 0.1, "below"),
+        ):
+            note = f"Bootstrap over {len(cell['series'][metric])} items." if cell else ""
+            if cell and id == "adds":
+                note += f" Always saying the commonest answer: {cell['metrics']['majority']:.2f}."
+            found.append(
+                statistics.claim(
+                    f"{name}_{id}",
+                    paper=PAPER,
+                    statement=statement,
+                    statistic=f"{metric} of {arm}-0, {UNITS[metric]}",
+                    found=statistics.bootstrap(cell["series"][metric]) if cell else None,
+                    threshold=threshold,
+                    side=side,  # type: ignore[arg-type]
+                    note=note,
+                )
+            )
+    return found
+
+
+def plot(result: dict[str, Any], figure: Any) -> None:
+    """Held-out loss along the way, above the grammar's entropy."""
+    axis = figure.subplots()
+    for cell in result["cells"]:
+        if cell["status"] == "done":
+            axis.plot(cell["series"]["step"], cell["series"]["nll"], marker="o", label=f"{cell['arm']}-{cell['seed']}")
+            entropy = cell["metrics"]["entropy"]
+    axis.axhline(entropy, color="#666666", ls="--", label="the grammar's entropy")
+    axis.set(xlabel="step", ylabel="held-out stories, nats per token", yscale="log")
+    axis.legend()
