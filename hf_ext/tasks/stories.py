@@ -210,6 +210,7 @@ FACTS = {
     "n": "number",
     "back": "change",
 }
+COUNTS = ("n", "more", "fewer", "number", "back")
 PRONOUNS = {
     "he": ("who", "he", "she"),
     "He": ("who", "He", "She"),
@@ -368,7 +369,7 @@ def dataset(size: int, seed: int = 0) -> list[dict]:
 
 
 class _Template(NamedTuple):
-    """Parts ("text" | "slot" | event, words), and a pattern that takes any word for a slot."""
+    """Parts ("text" | "slot" | event, words), and a pattern that takes any word or number for a slot."""
 
     parts: tuple[tuple[str, str], ...]
     pattern: re.Pattern
@@ -445,8 +446,9 @@ class _Telling:
 
 
 def _log(families: Sequence[str], family: str) -> float:
-    """Of the probability of `family` and of one of its templates."""
-    return math.log(families.count(family) / len(families) / len(_TEMPLATES.get(family, "1")))
+    """Of the probability of `family` and of one of its templates; the end has none."""
+    templates = len(_TEMPLATES[family]) if family != "end" else 1
+    return math.log(families.count(family) / len(families) / templates)
 
 
 class _Wrong(Exception):
@@ -472,7 +474,7 @@ def _compile(template: str) -> _Template:
         if part.startswith("{"):
             slot = part[1:-1]
             parts.append(("slot", slot))
-            pattern += f"({'|'.join(SPOTS)})" if slot == "spot" else r"(\w+)"
+            pattern += f"({'|'.join(SPOTS)})" if slot == "spot" else r"(\d+)" if slot in COUNTS else r"(\w+)"
         else:
             kind, words = part[1:-1].split(":") if part.startswith("[") else ("text", part)
             parts.append((kind, words))

@@ -95,11 +95,10 @@ def cells(options: Options) -> list[Cell]:
 def prepare(options: Options, folder: Path) -> dict[str, Any]:
     """A tokenizer of the training texts, and all their tokens, for (b) to (d)."""
     _, tokens, _, rows, verb_rows = SIZES[options.budget]
-    facts: dict[str, Any]
-    train, held_out, facts = texts.load(options.text, DEFAULT_TEXT, characters=6 * tokens)
+    train, held_out, corpus = texts.load(options.text, DEFAULT_TEXT, characters=6 * tokens)
     needed = {"train": tokens, "held_out": (rows + verb_rows) * LENGTH}
-    facts["vocabulary"] = VOCABULARY
-    file = folder / f"tokens-{facts['data_sha256'][:12]}.safetensors"
+    facts = {**corpus, "vocabulary": VOCABULARY}
+    file = folder / f"tokens-{corpus['data_sha256'][:12]}.safetensors"
     if not file.is_file():
         import torch
         from safetensors.torch import save_file

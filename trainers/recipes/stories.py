@@ -12,6 +12,7 @@
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ def packed(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` rows of chats, joined."""
     import torch
 
-    rng, ids = random.Random(seed), []
+    rng = random.Random(seed)
+    ids: list[int] = []
     while len(ids) < count * LENGTH:
         texts = [tokenizer.apply_chat_template(chat(rng), tokenize=False) for _ in range(1000)]
         ids += [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
@@ -269,7 +271,7 @@ def parses(prompt: str, text: str) -> bool:
     return True
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
