@@ -1,6 +1,7 @@
 """The bundled language model and its LIMe twin: micro-stories and word problems with known answers.
 
     python -m trainers.recipes stories --budget small      # the models lie in the cells' folders afterwards
+    python -m trainers.recipes.bundle_stories hf_ext/tiny  # copies those of seed 0, with log and card, into a folder
 
 - Both arms see the same rows in the same order: chats of stories (about two thirds of the tokens), word problems and
   sums, joined and cut to rows of 256 tokens. No row comes twice.
