@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from trainers.recipes import NAMES, report, runner
+from trainers.recipes import NAMES, process, report, runner
 from trainers.recipes.runner import BUDGETS, Options, Skip
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         import json
 
         spec = json.loads((args.cell / "spec.json").read_text(encoding="utf-8"))
-        runner.run_cell(import_module(f"trainers.recipes.{spec['recipe']}"), args.cell)
+        process.run_cell(import_module(f"trainers.recipes.{spec['recipe']}"), args.cell)
         return 0
     try:
         names = _names(args)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from trainers.recipes import statistics, texts
 from trainers.recipes.fit import fit, last_figures, nll, remove_checkpoints
-from trainers.recipes.runner import Cell, Options, Place, peak_rss
+from trainers.recipes.process import peak_rss
+from trainers.recipes.runner import Cell, Options, Place
 
 
 PAPER = "2502.09245"

@@ -8,23 +8,21 @@
 - The result is written to a temporary name and moved: an old result stays whole until the new one is.
 """
 
-import errno
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from trainers.recipes.results import collect, read, write
 
-SCHEMA = 1
+
 BUDGETS = ("smoke", "small", "full")
 
 
@@ -147,136 +145,6 @@ def run_cells(name: str, cells: list[Cell], folders: list[Path], jobs: int) -> N
 BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed} passed, {remaining} left  {postfix}"
 
 
-def run_cell(recipe: ModuleType, folder: Path) -> None:
-    """The process of one cell: measure, and leave `cell.json`."""
-    import torch
-    from filelock import FileLock
-
-    parent, written = os.getppid(), 0.0
-    wall, cpu = time.perf_counter(), time.process_time()
-
-    def spent() -> dict[str, float]:
-        now = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-        return {name: round(earlier.get(name, 0) + value, 1) for name, value in now.items()}
-
-    def progress(share: float) -> None:
-        nonlocal written
-        if time.perf_counter() - written < 1:
-            return
-        if os.getppid() != parent:
-            raise SystemExit("The run that started this cell is gone.")
-        written = time.perf_counter()
-        write(folder / "progress.json", {"share": share, **spent()})
-
-    torch.set_num_threads(1)
-    with FileLock(folder / "lock"):
-        if is_done(folder):
-            return
-        before = folder / "progress.json"
-        earlier = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
-        spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-        cell = Cell(spec["arm"], spec["seed"], spec["settings"])
-        head: dict[str, Any] = {"arm": cell.arm, "seed": cell.seed, "settings": cell.settings, "commit": commit()}
-        try:
-            found = recipe.run(cell, Place(folder, Path(spec["shared"]), progress))
-            check_finite(found["metrics"])
-            head |= {"status": "done", **found}
-        except Exception as error:  # the run goes on with the other cells, and the result says which failed and why
-            import traceback
-
-            traceback.print_exc()
-            head |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
-            head |= {"params_trained": 0, "metrics": {}, "tokens": 0}
-        cost = {
-            "tokens": head.pop("tokens"),
-            "completions": head.pop("completions", 0),
-            **spent(),
-            "peak_rss": peak_rss(),
-            **head.pop("cost", {}),
-        }
-        write(folder / "cell.json", {**head, "cost": cost})
-
-
-def collect(
-    recipe: ModuleType, name: str, options: Options, facts: dict[str, Any], cells: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """All cells as one result: a row for each arm and metric, and the claims."""
-    import torch
-    import transformers
-
-    from trainers.recipes.statistics import mean_interval
-
-    rows = []
-    for arm in dict.fromkeys(cell["arm"] for cell in cells):
-        done = [c for c in cells if c["arm"] == arm and c["status"] == "done"]
-        for metric in dict.fromkeys(metric for c in done for metric in (*c["metrics"], *c["cost"])):
-            if metric not in recipe.UNITS:
-                continue
-            values = [(c["metrics"] | c["cost"])[metric] for c in done]
-            mean, ci95 = mean_interval(values)
-            row = {"arm": arm, "metric": metric, "unit": recipe.UNITS[metric], "n": len(values)}
-            rows.append({**row, "mean": round(mean, 5), "ci95": [x if x is None else round(x, 5) for x in ci95]})
-    return {
-        "schema": SCHEMA,
-        "recipe": name,
-        "command": command_of(name, options),
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "budget": options.budget,
-        "device": f"{platform.machine()} CPU, one thread a cell",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **facts,
-        "cells": cells,
-        "rows": rows,
-        "claims": recipe.claims(cells),
-    }
-
-
-def command_of(name: str, options: Options) -> str:
-    """The command as a user would type it: files by their bare names, since folders are somebody's machine."""
-    text = f"python -m trainers.recipes {name} --budget {options.budget}"
-    if options.seeds is not None:
-        text += f" --seeds {options.seeds}"
-    if options.model is not None:
-        text += f" --model {Path(options.model).name if Path(options.model).exists() else options.model}"
-    for i, place in enumerate(options.text):
-        text += " --text " * (i == 0) + " " * (i > 0) + (Path(place).name if Path(place).exists() else place)
-    return text
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """A result, None where there is none yet; refuses what another version of the runner wrote."""
-    if not path.exists():
-        return None
-    cure = "Move it away, or write elsewhere with --out."
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The results file must be JSON, got {path} ({error}). {cure}") from error
-    found = result.get("schema") if isinstance(result, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"The results file must be of schema {SCHEMA}, got {path} of schema {found!r}. {cure}")
-    return result
-
-
-def write(path: Path, value: dict[str, Any]) -> None:
-    """JSON, all or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        cure = "Make room or name another place with --out, and run again: finished cells are kept."
-        raise OSError(f"{path} could not be written: {why}; what it held before is intact. {cure}") from error
-
-
 def is_done(folder: Path) -> bool:
     """Whether the cell has ended well."""
     file = folder / "cell.json"
@@ -288,32 +156,3 @@ def progress_of(folder: Path) -> float:
         return 1.0
     file = folder / "progress.json"
     return json.loads(file.read_text(encoding="utf-8"))["share"] if file.is_file() else 0.0
-
-
-def peak_rss() -> int:
-    """Bytes that this process has held at most; getrusage's figure is its parent's, where that is more."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def commit() -> str:
-    """The checkout's commit, empty where there is none."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
-def check_finite(metrics: dict[str, float]) -> None:
-    """A result holds numbers only: NaN and infinity are a cell's failure."""
-    bad = {name: value for name, value in metrics.items() if not -float("inf") < value < float("inf")}
-    if bad:
-        raise FloatingPointError(f"The metrics must be finite, got {bad}. Lower the learning rate or check the data.")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.recipes import runner
+from trainers.recipes import process, results, runner
 from trainers.recipes.__main__ import main
 from trainers.recipes.runner import Options
 
@@ -99,7 +99,8 @@ def finished(tmp_path):
         folder = tmp_path / "work/cells" / runner.identity(cell, {})
         cost = {"tokens": 1, "completions": 0, "wall_s": 0, "cpu_s": 0, "peak_rss": 0}
         head = {"arm": cell.arm, "seed": cell.seed, "settings": {}, "commit": "", "params_trained": 1}
-        runner.write(folder / "cell.json", {**head, "metrics": {"x": cell.seed + 1.0}, "status": "done", "cost": cost})
+        found = {"metrics": {"x": cell.seed + 1.0}, "status": "done", "cost": cost}
+        results.write(folder / "cell.json", {**head, **found})
     return tmp_path / "work"
 
 
@@ -136,14 +137,15 @@ def test_a_full_disk_leaves_the_old_result_whole(finished, tmp_path, monkeypatch
 
 def test_a_recipe_that_fails_is_reported_and_tried_again(tmp_path, text):
     folder = tmp_path / "cell"
-    runner.write(folder / "spec.json", {"arm": "a", "seed": 0, "settings": {}, "shared": str(tmp_path), "recipe": "x"})
+    spec = {"arm": "a", "seed": 0, "settings": {}, "shared": str(tmp_path), "recipe": "x"}
+    results.write(folder / "spec.json", spec)
 
     class Bad(Recipe):
         @staticmethod
         def run(cell, place):
             return {"params_trained": 1, "tokens": 1, "metrics": {"x": float("nan")}}
 
-    runner.run_cell(Bad, folder)
+    process.run_cell(Bad, folder)
     cell = json.loads((folder / "cell.json").read_text())
     assert cell["status"] == "failed"
     assert "The metrics must be finite, got {'x': nan}" in cell["error"]
