@@ -83,7 +83,7 @@ def cells(options: Options) -> list[Cell]:
                     budget = tokens if part == "text" else deep_tokens
                     settings = {
                         "tokens": budget,
-                        "lr": min(LEARNING_RATES, key=lambda lr: LEARNING_RATES[lr]),
+                        "lr": min(LEARNING_RATES, key=LEARNING_RATES.__getitem__),
                         "rows": rows,
                         "verb_rows": verb_rows * (part == "text"),
                     }
@@ -97,33 +97,25 @@ def prepare(options: Options, folder: Path) -> dict[str, Any]:
     """A tokenizer of the training texts, and all their tokens, for (b) to (d)."""
     _, tokens, _, rows, verb_rows = SIZES[options.budget]
     train, held_out, corpus = texts.load(options.text, DEFAULT_TEXT, characters=6 * tokens)
-    needed = {"train": tokens, "held_out": (rows + verb_rows) * LENGTH}
-    facts = {**corpus, "vocabulary": VOCABULARY}
-    file = folder / f"tokens-{corpus['data_sha256'][:12]}.safetensors"
-    if not file.is_file():
-        import torch
-        from safetensors.torch import save_file
+    tokenizer, file = shared_files(folder, corpus)
+    if not tokenizer.is_file():
+        texts.train_bpe(train[:4000], VOCABULARY, ["<|end|>"]).save(str(tokenizer))
+    texts.save_tokens(file, lambda part: encode(tokenizer, part), 0, train, held_out)
+    texts.check_tokens(file, {"train": tokens, "held_out": (rows + verb_rows) * LENGTH}, options.budget)
+    return {**corpus, "vocabulary": VOCABULARY}
 
-        tokenizer = texts.train_bpe(train[:4000], VOCABULARY, ["<|end|>"])
-        parts = {}
-        for name, part in (("train", train), ("held_out", held_out)):
-            ids = [[*encoding.ids, 0] for encoding in tokenizer.encode_batch(part)]
-            parts[name] = torch.tensor([i for row in ids for i in row], dtype=torch.int32)
-            # where each text starts, so that a seed can draw an order of texts
-            parts[f"{name}_starts"] = torch.tensor([len(row) for row in ids]).cumsum(0)
-        parts["verbs"] = torch.tensor([tokenizer.encode(verb).ids[0] for verb in VERBS])
-        half = file.with_suffix(".part")
-        save_file(parts, half, metadata={"format": "pt"})
-        half.replace(file)
-    from safetensors.torch import load_file
 
-    loaded = load_file(file)
-    for name, count in needed.items():
-        if len(loaded[name]) < count:
-            raise ValueError(
-                f"`--text` must hold {count} {name} tokens for {options.budget}, got {len(loaded[name])}."
-            )
-    return facts
+def shared_files(folder: Path, facts: dict[str, Any]) -> tuple[Path, Path]:
+    """The tokenizer and the tokens of this corpus."""
+    name = facts["data_sha256"][:12]
+    return folder / f"{name}-tokenizer.json", folder / f"{name}-tokens.safetensors"
+
+
+def encode(tokenizer: Path, part: list[str]) -> list[list[int]]:
+    """Token ids of texts."""
+    from tokenizers import Tokenizer
+
+    return [encoding.ids for encoding in Tokenizer.from_file(str(tokenizer)).encode_batch(part)]
 
 
 def run(cell: Cell, place: Place) -> dict[str, Any]:
@@ -216,17 +208,14 @@ LONGEST = 28  # tokens of a row of (a)
 def run_text(cell: Cell, part: str, kind: str, place: Place) -> dict[str, Any]:
     """(b), (d): held-out loss, and (c) where `verb_rows` asks for it."""
 
-    from safetensors.torch import load_file
-
     from hf_ext.analysis.depth import layer_entropies, separability
     from hf_ext.lime import lime_param_groups
 
-    (file,) = place.shared.glob("tokens-*.safetensors")
-    data = load_file(file)
+    tokenizer, file = shared_files(place.shared, place.facts)
     count = cell.settings["tokens"] // LENGTH
-    train = draw(data["train"], data["train_starts"], count, cell.seed)
+    train = texts.rows(file, "train", count, LENGTH, cell.seed)
     wanted = cell.settings["rows"] + cell.settings["verb_rows"]
-    held_out = draw(data["held_out"], data["held_out_starts"], wanted, 0)
+    held_out = texts.rows(file, "held_out", wanted, LENGTH, 0)
     valid, others = held_out[: cell.settings["rows"]], held_out[cell.settings["rows"] :]
     valid_rows = [{"input_ids": row, "labels": row} for row in valid]
 
@@ -255,7 +244,8 @@ def run_text(cell: Cell, part: str, kind: str, place: Place) -> dict[str, Any]:
     model.eval()
     if len(others):
         entropies = layer_entropies(model, valid)
-        told_apart = separability(model, others, data["verbs"].tolist())
+        verbs = [ids[0] for ids in encode(tokenizer, list(VERBS))]
+        told_apart = separability(model, others, verbs)
         for name, figures in (("entropy", entropies), ("separability", told_apart)):
             for side in ("values", "hidden"):
                 layers = [float(x) for x in getattr(figures, side)]
@@ -270,22 +260,6 @@ def run_text(cell: Cell, part: str, kind: str, place: Place) -> dict[str, Any]:
         "series": series,
         "cost": {"tokens_per_cpu_s": speed, "peak_rss_training": peak},
     }
-
-
-def draw(tokens: Any, ends: Any, count: int, seed: int) -> Any:
-    """`count` rows of `LENGTH` tokens: texts in an order drawn from `seed`, joined."""
-    import torch
-
-    order = torch.randperm(len(ends), generator=torch.Generator().manual_seed(seed)).tolist()
-    stops = ends.tolist()
-    pieces, have = [], 0
-    for at in order:
-        piece = tokens[(stops[at - 1] if at else 0) : stops[at]]
-        pieces.append(piece)
-        have += len(piece)
-        if have >= count * LENGTH:
-            break
-    return torch.cat(pieces)[: count * LENGTH].view(-1, LENGTH).long()
 
 
 def steps_to_reach(cell: dict[str, Any], level: float) -> float:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from trainers.recipes.results import commit, write
-from trainers.recipes.runner import Cell, Place, is_done
+from trainers.recipes.runner import Cell, Options, Place, is_done
 
 
 def run_cell(recipe: ModuleType, folder: Path) -> None:
@@ -42,8 +42,9 @@ def run_cell(recipe: ModuleType, folder: Path) -> None:
         spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
         cell = Cell(spec["arm"], spec["seed"], spec["settings"])
         head: dict[str, Any] = {"arm": cell.arm, "seed": cell.seed, "settings": cell.settings, "commit": commit()}
+        options = Options(**spec["options"])
         try:
-            found = recipe.run(cell, Place(folder, Path(spec["shared"]), progress))
+            found = recipe.run(cell, Place(folder, Path(spec["shared"]), spec["facts"], options, progress))
             check_finite(found["metrics"])
             head |= {"status": "done", **found}
         except Exception as error:  # the run goes on with the other cells, and the result says which failed and why

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -46,10 +46,12 @@ class Options:
 
 
 class Place(NamedTuple):
-    """Where a cell works: its own folder (checkpoints), the folder that all cells share, and how far it is."""
+    """Where a cell works: its folder (checkpoints), what `prepare` left for all, the options, and how far it is."""
 
     folder: Path
     shared: Path
+    facts: dict[str, Any]
+    options: Options
     progress: Callable[[float], None]
 
 
@@ -85,8 +87,9 @@ def run(recipe: ModuleType, name: str, options: Options, *, work: Path, out: Pat
     folders = [work / "cells" / identity(cell, facts) for cell in cells]
     for cell, folder in zip(cells, folders, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
-        spec = {"arm": cell.arm, "seed": cell.seed, "settings": cell.settings}
-        write(folder / "spec.json", {"recipe": name, "shared": str(shared), **spec})
+        spec = {"recipe": name, "arm": cell.arm, "seed": cell.seed, "settings": cell.settings}
+        spec |= {"shared": str(shared), "facts": facts, "options": asdict(options)}
+        write(folder / "spec.json", spec)
     run_cells(name, cells, folders, jobs)
     done = [json.loads((folder / "cell.json").read_text(encoding="utf-8")) for folder in folders]
     result = collect(recipe, name, options, facts, done)

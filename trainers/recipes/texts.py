@@ -1,10 +1,10 @@
-"""Texts for recipes: a file or a Hub data set with a field `text`, its checksum, and token ids of it.
+"""Texts for recipes: a file or a Hub data set with a field `text`, its checksum, and rows of tokens of it.
 
 `--text TRAIN [VALID]` takes .jsonl, .jsonl.gz, .parquet or .txt files, or one Hub id. With a single file, every
 twentieth text is held out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,53 @@ def _some(rows: Any, characters: int) -> list[str]:
         if characters <= 0:
             break
     return texts
+
+
+def save_tokens(
+    file: Path, encode: Callable[[list[str]], list[list[int]]], end: int, train: list[str], held_out: list[str]
+) -> None:
+    """Token ids of all texts, each followed by `end`, for `rows`; nothing where `file` is there already."""
+    import torch
+    from safetensors.torch import save_file
+
+    if file.is_file():
+        return
+    parts = {}
+    for name, texts in (("train", train), ("held_out", held_out)):
+        ids = [[*row, end] for row in encode(texts)]
+        parts[name] = torch.tensor([i for row in ids for i in row], dtype=torch.int32)
+        parts[f"{name}_ends"] = torch.tensor([len(row) for row in ids]).cumsum(0)
+    half = file.with_name(f"{file.name}.part")
+    save_file(parts, half, metadata={"format": "pt"})
+    half.replace(file)
+
+
+def check_tokens(file: Path, needed: dict[str, int], budget: str) -> None:
+    """Refuses a corpus that is too short before any cell runs."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as content:
+        for name, count in needed.items():
+            have = content.get_slice(name).get_shape()[0]
+            if have < count:
+                raise ValueError(f"`--text` must hold {count} {name} tokens for {budget}, got {have}. Add text.")
+
+
+def rows(file: Path, name: str, count: int, length: int, seed: int) -> Any:
+    """`count` rows of `length` tokens of "train" or "held_out": texts in an order drawn from `seed`, joined."""
+    import torch
+    from safetensors.torch import load_file
+
+    content = load_file(file)
+    tokens, stops = content[name], content[f"{name}_ends"].tolist()
+    order = torch.randperm(len(stops), generator=torch.Generator().manual_seed(seed)).tolist()
+    pieces, have = [], 0
+    for at in order:
+        pieces.append(tokens[(stops[at - 1] if at else 0) : stops[at]])
+        have += len(pieces[-1])
+        if have >= count * length:
+            break
+    return torch.cat(pieces)[: count * length].view(-1, length).long()
 
 
 def train_bpe(texts: Sequence[str], size: int, special: Sequence[str]) -> Any:

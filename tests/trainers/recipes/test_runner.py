@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_old_result_whole(finished, tmp_path, monkeypatch
 
 def test_a_recipe_that_fails_is_reported_and_tried_again(tmp_path, text):
     folder = tmp_path / "cell"
-    spec = {"arm": "a", "seed": 0, "settings": {}, "shared": str(tmp_path), "recipe": "x"}
+    spec = {"arm": "a", "seed": 0, "settings": {}, "shared": str(tmp_path), "facts": {}, "options": {}, "recipe": "x"}
     results.write(folder / "spec.json", spec)
 
     class Bad(Recipe):
