@@ -4,6 +4,7 @@
   own box, so a page stays as wide as the phone.
 - Colour is a share of one accent mixed into the background, so text keeps its contrast in both themes.
 - Pointing at a cell (or touching it) writes its details into the line above the map: phones have no hover.
+- A chart over layers is an inline SVG, with the same numbers in a table below it for those who cannot see it.
 - Everything that comes from a model or a user is escaped here.
 """
 
@@ -49,6 +50,26 @@ CSS = """
 .lab-scroll tbody th, .lab-scroll thead th:first-child { position: sticky; left: 0; text-align: right;
   border-right: 1px solid var(--border-color-primary); }
 .lab-scroll thead th:first-child { z-index: 2; }
+.lab-scroll table:has(.words) { width: 100%; }
+.lab-scroll td.words { text-align: left; white-space: normal; max-width: none; min-width: 18em; width: 100%; }
+.lab-key { font-size: var(--text-sm); display: flex; gap: 1.5em; }
+.lab-key span::before { content: ""; display: inline-block; width: 2em; margin-right: .4em; vertical-align: middle;
+  border-top: 2px var(--lab-dash) var(--lab-line); }
+.lab-0 { --lab-line: var(--neutral-500); --lab-dash: dashed; }
+.dark .lab-0 { --lab-line: var(--neutral-400); }
+.lab-1 { --lab-line: var(--color-accent); --lab-dash: solid; }
+.lab-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); gap: 8px 16px; }
+.lab-charts figure { margin: 0; }
+.lab-charts figcaption { font-size: var(--text-sm); padding: 4px 0; }
+.lab-charts svg { width: 100%; height: auto; max-width: 400px; display: block; }
+.lab-charts text { font-size: 11px; fill: var(--body-text-color); }
+.lab-charts .grid { stroke: var(--border-color-primary); }
+.lab-charts polyline { fill: none; stroke: var(--lab-line); stroke-width: 2; }
+.lab-charts polyline.lab-0 { stroke-dasharray: 5 3; }
+.lab-charts circle { fill: var(--lab-line); }
+.lab-charts rect { fill: transparent; }
+.lab-charts rect.at { fill: var(--lab-heat); fill-opacity: .35; outline: none; }
+.lab-view summary { cursor: pointer; padding: 6px 0; }
 """
 
 # delegated to the component's own element, which outlives its contents
@@ -129,18 +150,79 @@ def heat_map(
         start (`int`, *optional*, defaults to 0): This column's head and those after it stand out, and the box opens at
             the one before; 0 for none.
     """
+    return f'<div class="lab-line" aria-live="polite">{POINT}</div>' + table(
+        corner, columns, rows, label=label, start=start
+    )
+
+
+def table(
+    corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], *, label: str, start: int = 0
+) -> str:
+    """`heat_map` without the line above it; a cell without heat or tip is plain words."""
     heads = "".join(f'<th scope="col"{_place(at, start)}>{html.escape(name)}</th>' for at, name in enumerate(columns))
     body = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th>'
-        + "".join(f"<td {_heat(cell)}>{html.escape(cell.text)}</td>" for cell in cells)
+        + "".join(f"<td {_heat(cell) if cell.tip else _WORDS}>{html.escape(cell.text)}</td>" for cell in cells)
         + "</tr>"
         for name, cells in rows
     )
     return (
-        f'<div class="lab-line" aria-live="polite">{POINT}</div>'
         f'<div class="lab-scroll" tabindex="0" role="region" aria-label="{html.escape(label)}"><table>'
         f'<thead><tr><th scope="col">{html.escape(corner)}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def key(names: Sequence[str]) -> str:
+    """Which line of the charts is which."""
+    return (
+        '<div class="lab-key">'
+        + "".join(f'<span class="lab-{at}">{html.escape(name)}</span>' for at, name in enumerate(names) if name)
+        + "</div>"
+    )
+
+
+def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """
+    A small chart over layers, as wide as it may be, at most two lines; an empty line is left out.
+
+    Args:
+        title (`str`): What is measured, with its unit.
+        lines (`Sequence[tuple[str, Sequence[float]]]`): Name and a value for each layer; the first is dashed.
+    """
+    left, top, width, height = 44, 8, 268, 112
+    values = [value for _, line in lines for value in line]
+    low, high = min(values), max(values)
+    low, high = (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
+    last = max(len(line) for _, line in lines) - 1
+
+    def place(layer: int, value: float) -> tuple[float, float]:
+        return left + width * layer / max(last, 1), top + height * (high - value) / (high - low)
+
+    parts = []
+    for value in (low, (low + high) / 2, high):
+        y = place(0, value)[1]
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+    parts.append(f'<text x="{left}" y="{top + height + 18}" text-anchor="middle">0</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">layer</text>')
+    parts.append(f'<text x="{left + width}" y="{top + height + 18}" text-anchor="middle">{last}</text>')
+    for at, (_, line) in enumerate(lines):
+        points = [place(layer, value) for layer, value in enumerate(line)]
+        parts.append(f'<polyline class="lab-{at}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
+        parts += [f'<circle class="lab-{at}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points]
+    step = width / max(last, 1)
+    for layer in range(last + 1):  # lines may lie on one another, so each layer is pointed at as a whole
+        shown = ", ".join(f"{name} {line[layer]:.3f}" for name, line in lines if line)
+        tip, x = html.escape(f"{title}, layer {layer}: {shown}"), place(layer, low)[0] - step / 2
+        parts.append(f'<rect x="{x:.1f}" y="{top}" width="{step:.1f}" height="{height}" data-tip="{tip}"/>')
+    title = html.escape(title)
+    return (
+        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 324 142" role="img" aria-label="{title}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+_WORDS = 'class="words"'
 
 
 def _place(at: int, start: int) -> str:

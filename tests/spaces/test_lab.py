@@ -187,6 +187,94 @@ def test_the_router_map_shows_each_weight_in_the_row_that_reads_and_the_column_t
     assert "at most 0.50 away" in lime.describe("it", routers)
 
 
+@pytest.fixture
+def routed(lab, folder):
+    """A store of the random Llama, in whose LIMe twin head 0 of layer 2 reads head 1 of layer 1 besides itself."""
+    store = lab.Store(str(folder))
+    with torch.no_grad():
+        store.lime("").model.model.layers[2].self_attn.router.weight[0, 1, 1] = 0.5
+    return store
+
+
+def test_layer_figures_are_those_of_the_library_for_both_models(lab, routed):
+    from pages import lime
+
+    from hf_ext.analysis.depth import layer_entropies
+
+    steps = list(lime.layer_figures(routed, "", "A cat is here.\n\nA dog."))
+    assert [title for title, _ in steps[:4]] == [
+        f"{kind}: {what}"
+        for kind in lime.KINDS
+        for what in ("entropy of 20 tokens in 2 rows ...", "telling 4 verbs apart ...")
+    ]
+    # every byte is a token here, so no verb is one
+    assert "got several for ' is', ' are', ' was', ' were' in this model" in steps[-1][0]
+    figures = steps[-1][1]
+    assert figures[lime.ACCURACY] == {}
+    for title, loaded in (("Original", routed.get("")), ("LIMe", routed.lime(""))):
+        ids, mask = lime.rows_of(loaded, "A cat is here.\nA dog.")
+        expected = layer_entropies(loaded.model, ids, attention_mask=mask)
+        assert figures[lime.ENTROPY][title]["values"] == pytest.approx(expected.values.tolist(), abs=1e-4)  # rounded
+        assert figures[lime.ENTROPY][title]["hidden"] == pytest.approx(expected.hidden.tolist(), abs=1e-4)
+    shown = lime.depth_charts(figures)
+    assert shown.count("<svg") == 2
+    for title in lime.KINDS:
+        for value in figures[lime.ENTROPY][title]["values"]:
+            assert f"{title} {value:.3f}" in shown
+
+
+def test_the_default_text_has_each_verb_often_enough_for_five_folds(lab):
+    from pages import lime
+
+    lines = lime.default_text().splitlines()
+    assert len(set(lines)) == len(lines) == 100
+    assert all(sum(f"{verb} " in line for line in lines) == 25 for verb in lime.VERBS)
+
+
+def test_a_verb_is_one_token_where_the_tokenizer_has_it_behind_a_word(lab, folder):
+    from pages import lime
+
+    ours = loaded(lab, folder)
+    ours.tokenizer.add_tokens([*lime.VERBS])
+    assert lime.verb_ids(ours) == ours.tokenizer.convert_tokens_to_ids([*lime.VERBS])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(" \n ", "must have a line, got none"), ("a" * 4097, "in the longest line")]
+)
+def test_a_text_without_a_word_or_too_long_is_refused(lab, routed, text, reason):
+    from pages import lime
+
+    with pytest.raises(ValueError, match=reason):
+        list(lime.layer_figures(routed, "", text))
+
+
+def test_the_circuit_table_has_the_planted_circuit_and_nothing_for_a_fresh_conversion(lab, routed, folder):
+    from pages import lime
+
+    rows = lime.circuit_rows(routed.lime(""), "Hello")
+    assert [(row["reader"], row["source"]) for row in rows] == [([2, 0], [1, 1])]
+    assert sorted(rows[0]["tokens"]) == sorted(set("Hello"))
+    shown = lime.circuit_table(rows)
+    assert ">2/0</th>" in shown and ">1/1</td>" in shown and f">{rows[0]['strength']:.2f}</td>" in shown
+    fresh = lime.circuit_rows(lab.Store(str(folder)).lime(""), "Hello")
+    assert "Nothing is routed yet" in lime.circuit_table(fresh)
+
+
+def test_v1_routers_are_refused_by_the_map_with_the_function_that_shows_them(lab):
+    from pages import lime
+    from store import Loaded
+
+    from hf_ext import LimeConfig, LimeForCausalLM
+
+    config = LimeConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        router_type="static",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="got 'static'. hf_ext.analysis.depth.router_map"):
+        lime.model_routers(Loaded("v1", LimeForCausalLM(config), None))
+
+
 def test_the_lens_map_ends_in_the_models_own_next_tokens(lab, folder):
     from pages import lens
     from views import visible
@@ -202,7 +290,8 @@ def test_the_lens_map_ends_in_the_models_own_next_tokens(lab, folder):
 
 
 def test_what_a_model_writes_is_escaped(lab):
-    from views import Cell, heat_map, token_text, write_text
+    from pages import lime
+    from views import Cell, heat_map, key, line_chart, token_text, write_text
 
     evil = "<img src=x onerror=alert(1)>\"'"
     cell = Cell(evil, 0.5, evil)
@@ -210,6 +299,9 @@ def test_what_a_model_writes_is_escaped(lab):
         token_text([cell]),
         heat_map(evil, [evil], [(evil, [cell])], label=evil),
         write_text(evil, evil, evil),
+        key([evil]),
+        line_chart(evil, [(evil, [1.0, 2.0])]),
+        lime.circuit_table([{"reader": [1, 0], "source": [0, 0], "strength": 0.5, "tokens": [evil]}]),
     ):
         assert "<img" not in shown
         assert 'onerror=alert(1)>"' not in shown
@@ -278,6 +370,9 @@ def test_the_computed_examples_are_of_the_real_model():
     assert "Paris" in lens["messages"][-1]["content"]
     lime = json.loads((LAB / "examples" / "lime.json").read_text())
     assert sum(np.size(router["weight"]) for router in lime["routers"][1:]) == 4176
+    assert {len(line) for found in lime["depth"].values() for kind in found.values() for line in kind.values()} == {30}
+    assert [len(found) for found in lime["depth"].values()] == [2, 2]
+    assert len(lime["circuits"]) == 20
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +455,57 @@ def test_a_model_that_cannot_be_had_is_said_plainly_and_the_example_stays(page, 
     opened.get_by_text("without config.json").wait_for()
     assert opened.get_by_role("textbox", name="Message").input_value() == "Hello"
     assert opened.locator(".lab-scroll td:visible").count() > 100
+
+
+@pytest.mark.parametrize(("width", "theme"), [(390, "light"), (1280, "dark")])
+def test_the_sections_of_the_lime_page_open_full_and_no_wider_than_the_window(page, width, theme):
+    opened = page(width, theme)
+    opened.get_by_role("tab", name="LIMe", exact=True).click()
+    for section, inside in (
+        ("Entropy and separability by layer", ".lab-charts svg"),
+        ("Depthwise circuits", ".words"),
+    ):
+        assert not opened.locator(inside).first.is_visible()
+        opened.get_by_role("button", name=section).click()
+        opened.locator(inside).first.wait_for()
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.locator(".lab-charts rect").nth(5).hover()
+    opened.get_by_text("values: entropy, nats, layer 5: Original").wait_for()
+
+
+def test_layers_are_measured_and_circuits_found_on_request(page):
+    opened = page(390)
+    opened.get_by_role("tab", name="LIMe", exact=True).click()
+    opened.get_by_role("button", name="Entropy and separability by layer").click()
+    opened.get_by_role("textbox", name="Text, a row a line").fill("A cat is here.\nA dog was there.")
+    opened.get_by_role("button", name="Measure").click()
+    opened.get_by_text("tokens in 2 rows. The verbs cannot be told apart here").wait_for()
+    # the tiny model has 3 layers in 2 charts, where the example had 30 in 4
+    assert opened.locator(".lab-charts rect").count() == 6
+    opened.get_by_role("button", name="Depthwise circuits").click()
+    opened.get_by_role("button", name="Find circuits").click()
+    opened.get_by_text("Nothing is routed yet").wait_for()
+
+
+def test_a_measurement_is_stopped_by_the_button_and_what_was_shown_stays(page, lab, monkeypatch):
+    from pages import lime
+
+    def slow(*args, **options):
+        time.sleep(1)
+        raise ValueError("too late to be seen")
+
+    monkeypatch.setattr(lime, "verb_ids", lambda loaded: [1, 2])
+    monkeypatch.setattr(lime, "separability", slow)
+    opened = page(1280)
+    opened.get_by_role("tab", name="LIMe", exact=True).click()
+    opened.get_by_role("button", name="Entropy and separability by layer").click()
+    opened.get_by_role("button", name="Measure").click()
+    opened.get_by_text("Original: telling 4 verbs apart").wait_for()
+    opened.get_by_role("button", name="Stop").last.click()
+    opened.get_by_text("Stopped.").wait_for()
+    opened.wait_for_timeout(1500)
+    assert opened.get_by_text("Stopped.").is_visible()
+    assert opened.locator(".lab-charts rect").count() == 6  # 3 layers of the original, two sides
 
 
 def test_a_conversion_on_the_spot_shows_its_own_routers(page):
