@@ -1,5 +1,6 @@
 """The story recipe's data: what it leaves out of training, and what a perfect model's loss would be."""
 
+import json
 import random
 import re
 
@@ -92,3 +93,30 @@ def test_a_model_that_knows_the_grammar_has_no_gap(tokenizer):
     for row, loss in zip(held_out, nll(Perfect(), held_out), strict=True):
         count = int((row["labels"] != -100).sum())
         assert loss * count == pytest.approx(-row["log_prob"], rel=1e-4)  # float32 log-softmax over 768 entries
+
+
+def test_the_recipe_runs_and_its_models_can_be_bundled(tmp_path):
+    from hf_ext import tiny
+    from trainers.recipes.__main__ import main
+    from trainers.recipes.bundle_stories import bundle
+
+    assert main(["stories", "--budget", "smoke", "--work", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "stories/smoke/stories.json").read_text())
+    assert [cell["status"] for cell in result["cells"]] == ["done", "done"]
+    assert {claim["id"] for claim in result["claims"]} >= {"stories_parse", "stories_adds", "stories_lime_entropy"}
+    llama, lime = (cell["params_trained"] for cell in result["cells"])
+    # the twin's routers: G^2 (L (L + 1) / 2 - 1) for 4 heads and 8 layers
+    assert lime - llama == 16 * 35
+    assert llama <= 2_500_000
+    made = bundle(tmp_path / "stories/smoke/cells", tmp_path / "tiny")
+    assert [folder.name for folder in made] == ["stories_lime", "stories"]
+    for folder, cell in zip(made, result["cells"][::-1], strict=True):
+        model, tokenizer = tiny.load(folder)
+        assert model.dtype == torch.bfloat16
+        assert tokenizer.padding_side == "left"
+        assert model.num_parameters() == cell["params_trained"]
+        assert not list(folder.glob("*.py"))
+        assert json.loads((folder / "training.json").read_text())["seed"] == 0
+        card = (folder / "README.md").read_text()
+        assert card.count("> **") == min(10, len(cell["samples"]))
+        assert "python -m trainers.recipes stories" in card
