@@ -4,7 +4,7 @@
     python -m trainers.recipes.bundle_stories hf_ext/tiny  # copies those of seed 0, with log and card, into a folder
 
 - Both arms see the same rows in the same order: chats of stories (about two thirds of the tokens), word problems and
-  sums, joined and cut to rows of 256 tokens. No row comes twice.
+  sums, joined and cut to rows of 256 tokens, in which a chat sees no other one. No row comes twice.
 - A fifth of the operand pairs is held out (`word_problems.held_out`), in problems, sums and counts of stories alike:
   stories that use one are drawn again. So the entropy of what is seen is that of the grammar plus log Z, where Z is
   the share of stories that pass, estimated from 20 000.
@@ -42,6 +42,8 @@ SHAPE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
+    # at 0.02 queries and keys are so small at this width that a thousand steps pass before names are copied
+    "initializer_range": 0.08,
 }
 VOCABULARY, LENGTH, BATCH = 768, 256, 8
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -53,7 +55,7 @@ TEMPLATE = (
 SIZES = {"smoke": (12, 8), "small": (2500, 200), "full": (25_000, 1000)}
 # metric, split of the operand pairs, kind of the problem
 ASKED = (("word_problems", "held_out", "word"), ("word_problems_seen", "train", "word"), ("sums", "held_out", "sum"))
-LEARNING_RATE, HELD_OUT_SEED = 3e-3, 10_000
+LEARNING_RATE, HELD_OUT_SEED = 2e-3, 10_000
 
 
 def cells(options: Options) -> list[Cell]:
@@ -162,16 +164,20 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
 
 
 def packed(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows of chats, joined."""
+    """`count` rows of chats, joined; positions start anew with each chat, by which it sees no other one."""
     import torch
 
     rng = random.Random(seed)
     ids: list[int] = []
+    places: list[int] = []
     while len(ids) < count * LENGTH:
         texts = [tokenizer.apply_chat_template(chat(rng), tokenize=False) for _ in range(1000)]
-        ids += [i for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in row]
-    rows = torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
-    return [{"input_ids": row, "labels": row} for row in rows]
+        for row in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            ids += row
+            places += range(len(row))
+    rows, positions = (torch.tensor(x[: count * LENGTH]).view(count, LENGTH) for x in (ids, places))
+    positions = positions - positions[:, :1] * (positions - torch.arange(LENGTH) == positions[:, :1])
+    return [{"input_ids": row, "position_ids": at, "labels": row} for row, at in zip(rows, positions, strict=True)]
 
 
 def stories_of(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:

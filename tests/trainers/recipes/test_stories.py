@@ -66,6 +66,12 @@ def test_rows_are_full_of_whole_chats_in_an_order_of_the_seed(tokenizer):
     assert [len(row["input_ids"]) for row in rows] == [recipe.LENGTH] * 6
     again = recipe.packed(tokenizer, 6, seed=1)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, again, strict=True))
+    for row in rows:  # a chat starts at position 0; the first one of a row may be the rest of one
+        starts = row["input_ids"][1:][row["position_ids"][1:] == 0]
+        assert set(tokenizer.convert_ids_to_tokens(starts.tolist())) <= {"<|im_start|>"}
+        assert row["position_ids"][0] == 0
+        steps = row["position_ids"].diff()
+        assert set(steps[row["position_ids"][1:] != 0].tolist()) == {1}
     text = tokenizer.decode(torch.cat([row["input_ids"] for row in rows]))
     whole = text.split("<|im_start|>user\n")[1:-1]
     assert len(whole) > 10
