@@ -52,7 +52,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # budget -> steps, items that are measured
-SIZES = {"smoke": (12, 8), "small": (2500, 200), "full": (25_000, 1000)}
+SIZES = {"smoke": (12, 8), "small": (6000, 200), "full": (40_000, 1000)}
 # metric, split of the operand pairs, kind of the problem
 ASKED = (("word_problems", "held_out", "word"), ("word_problems_seen", "train", "word"), ("sums", "held_out", "sum"))
 LEARNING_RATE, HELD_OUT_SEED = 2e-3, 10_000
