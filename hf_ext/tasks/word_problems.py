@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .stories import NAMES, OBJECTS, SHE
+from hf_ext.tasks.stories import NAMES, OBJECTS, SHE
 
 
 OPERANDS = range(2, 21)

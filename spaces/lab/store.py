@@ -133,7 +133,7 @@ class Store:
         return self._keep((name, "plain"), lambda: Loaded(name, *tiny.load(name)))
 
     def lime(self, name: str) -> Loaded:
-        """The LIMe twin of a Llama-like model: of SmolLM2 with its trained routers, of stories the one trained so."""
+        """The LIMe twin of a Llama-like model, with the trained routers where we have them (SmolLM2)."""
 
         with self._lock:
             plain = self.get(name)
@@ -141,8 +141,6 @@ class Store:
                 return plain
 
             def convert() -> Loaded:
-                if plain.name == "stories":
-                    return Loaded(plain.name, *tiny.load("stories-lime"))
                 twin = LimeForCausalLM.from_llama(plain.model)
                 if plain.name == "smollm2":
                     twin.load_state_dict(tiny.lime_routers(), strict=False)
