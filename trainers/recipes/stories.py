@@ -45,23 +45,23 @@ SHAPE = {
     # at 0.02 queries and keys are so small at this width that a thousand steps pass before names are copied
     "initializer_range": 0.08,
 }
-VOCABULARY, LENGTH, BATCH = 768, 256, 8
+VOCABULARY, LENGTH, BATCH = 768, 256, 4
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # budget -> steps, items that are measured
-SIZES = {"smoke": (12, 8), "small": (6000, 200), "full": (40_000, 1000)}
+SIZES = {"smoke": (12, 8), "small": (12_000, 200), "full": (80_000, 1000)}
 # metric, split of the operand pairs, kind of the problem
 ASKED = (("word_problems", "held_out", "word"), ("word_problems_seen", "train", "word"), ("sums", "held_out", "sum"))
-LEARNING_RATE, HELD_OUT_SEED = 2e-3, 10_000
+LEARNING_RATE, WEIGHT_DECAY, HELD_OUT_SEED = 2e-3, 0.1, 10_000
 
 
 def cells(options: Options) -> list[Cell]:
     """The Llama and its twin, for each seed."""
     steps, items = SIZES[options.budget]
-    settings = {"steps": steps, "items": items, "lr": LEARNING_RATE}
+    settings = {"steps": steps, "items": items, "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
     return [Cell(arm, seed, settings) for seed in range(options.seeds or 1) for arm in ("llama", "lime")]
 
 
@@ -138,7 +138,7 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
         place,
         steps=steps,
         batch_size=BATCH,
-        groups=lime_param_groups(model, lr=cell.settings["lr"]),
+        groups=lime_param_groups(model, lr=cell.settings["lr"], weight_decay=cell.settings["weight_decay"]),
         seed=cell.seed,
         schedule="cosine",
         warmup=max(1, steps // 20),
