@@ -235,7 +235,7 @@ def card(obj: Any, system: str, results: Mapping[str, Any] | str | os.PathLike[s
     class_name = _class_name(obj, config)
     pipeline_tag = next((tag for suffix, tag in _PIPELINE_TAGS.items() if class_name.endswith(suffix)), None)
     base_model = next(
-        filter(_is_hub_id, (getattr(config, "base_model_name_or_path", None), config.name_or_path)), None
+        filter(is_hub_id, (getattr(config, "base_model_name_or_path", None), config.name_or_path)), None
     )
     data = ModelCardData(
         library_name="transformers",
@@ -310,7 +310,7 @@ def _auto_class(config: Any, class_name: str) -> str:
     return next((auto for auto, name in auto_map.items() if name.rpartition(".")[2] == class_name), "AutoModel")
 
 
-def _is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | None) -> bool:
     """Whether `name` is like "user/name" and no folder: a card must not tell a path of somebody's machine."""
     if not name or name.count("/") != 1 or os.path.exists(name):
         return False

@@ -1,0 +1,63 @@
+import random
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def lora():
+    """`make(**options)`: a tiny Llama with a trained-like LoRA (B is not 0), in evaluation mode."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(seed=0, r=4, targets=("q_proj", "k_proj", "v_proj", "o_proj"), zero_b=False, vocab_size=64, **options):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=128,
+            initializer_range=0.3,
+        )  # fmt: skip
+        model = get_peft_model(
+            LlamaForCausalLM(config), LoraConfig(r=r, lora_alpha=8, target_modules=list(targets), **options)
+        )
+        for name, weight in model.named_parameters():
+            if "lora_B" in name and not zero_b:
+                torch.nn.init.normal_(weight, std=0.2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def letters():
+    """A tokenizer of single characters with a chat template, made in memory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(code) for code in range(32, 32 + 60)]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", *characters, "<unk>"])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for m in messages %}({{ m.content }}){% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def prompts():
+    """`make(count)`: rows with a prompt of 2 to 9 characters and a column `wanted`."""
+
+    def make(count=12, seed=0):
+        rng = random.Random(seed)
+        return [
+            {"prompt": "".join(rng.choices("ABCDEFGH", k=rng.randint(2, 9))), "wanted": rng.choice("ABCDEFGH")}
+            for _ in range(count)
+        ]
+
+    return make

@@ -1,0 +1,155 @@
+"""`python -m trainers essa --config run.yaml`; ready files lie in `trainers/essa/configs`.
+
+    trl sft --config sft.yaml                # a LoRA to start from, some minutes
+    python -m trainers essa --config run.yaml
+
+Options are those of [`ESSAConfig`] and of TRL's `ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, `lora_r`,
+`load_in_8bit`, ...), and those below.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hf_ext.tasks import chat, word_problems
+
+
+@dataclass
+class ESSAScriptArguments:
+    """Data and rewards of a run from the command line."""
+
+    dataset_name: str = field(
+        metadata={
+            "help": "A Hub id, a file (.json, .jsonl, .csv, .parquet, packed or not) or a task of hf_ext: "
+            "tasks:capitals, tasks:json_sum, tasks:word_problems."
+        }
+    )
+    reward_funcs: list[str] = field(
+        metadata={
+            "help": "Names in trainers.rewards, rewards of tasks (capitals, json_sum, word_problems), or models."
+        }
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Like dataset_name; by default its test split."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to search on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column that holds the prompts, texts or messages."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "A system message before texts; makes them chats."}
+    )
+    chat: bool = field(default=False, metadata={"help": "Make a chat of texts, without a system message."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+
+
+def main(argv: list[str]) -> None:
+    """Parse, load, search, save; `--resume_from_checkpoint PATH` (or True) goes on."""
+    from trainers.essa.essa_config import ESSAConfig
+
+    try:
+        from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+    except ImportError as error:
+        raise ImportError(f'The command line needs TRL: pip install "hf_ext[trainers]" ({error}).') from error
+    script, args, named = TrlParser((ESSAScriptArguments, ESSAConfig, ModelConfig)).parse_args_and_config(argv)
+    if not named.model_name_or_path:
+        raise ValueError("`model_name_or_path` must be given: a Hub id or folder of an adapter or a model.")
+    rewards = [reward_function(name) for name in script.reward_funcs]
+    train = read(script, script.dataset_name, script.dataset_train_split, script.max_train_samples)
+    evaluated = None
+    if args.eval_strategy != "no":
+        name = script.eval_dataset_name or script.dataset_name
+        evaluated = read(script, name, script.dataset_test_split, script.max_eval_samples)
+    args.model_init_kwargs = {
+        "revision": named.model_revision,
+        "attn_implementation": named.attn_implementation,
+        "dtype": named.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    from trainers.essa.essa_trainer import ESSATrainer
+
+    trainer = ESSATrainer(
+        model=named.model_name_or_path,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        quantization_config=get_quantization_config(named),
+        peft_config=get_peft_config(named),
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=resume.lower() == "true" or resume if resume else None)
+    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def task_reward(
+    completions: list[Any], answer: list[str], *, correct: Callable[[str, str], bool], **_: Any
+) -> list[float]:
+    """1 where the task's own checker finds a completion right."""
+    from trainers.rewards.formats import texts
+
+    return [float(correct(text, right)) for text, right in zip(texts(completions), answer, strict=True)]
+
+
+TASKS: dict[str, tuple[Callable[..., list[dict]], Callable[[str, str], bool]]] = {
+    "capitals": (chat.capitals, chat.capitals_correct),
+    "json_sum": (chat.json_sum, chat.json_sum_correct),
+    "word_problems": (word_problems.dataset, word_problems.correct),
+}
+
+
+def reward_function(name: str) -> Any:
+    """A reward by its name: of `trainers.rewards`, of a task, or else a model's id or folder."""
+    import trainers.rewards as known
+
+    if name in TASKS:
+        return partial(task_reward, correct=TASKS[name][1])
+    if name in dir(known) and inspect.isfunction(function := getattr(known, name)):
+        return function
+    if "/" in name or Path(name).is_dir():
+        return name
+    names = [*TASKS, *(name for name in known.__all__ if name.endswith("_reward"))]
+    raise ValueError(f"`reward_funcs` must be of {', '.join(names)}, or a reward model's id or folder, got {name!r}.")
+
+
+def read(script: ESSAScriptArguments, name: str, split: str, most: int | None) -> Any:
+    """A data set with a column `prompt`; of a task 1000 rows, or 200 held-out ones of another seed to evaluate."""
+    from datasets import Dataset, load_dataset
+
+    if name.startswith("tasks:"):
+        task = name.removeprefix("tasks:")
+        if task not in TASKS:
+            raise ValueError(f"`dataset_name` must be one of {', '.join(f'tasks:{t}' for t in TASKS)}, got {name!r}.")
+        held_out = split == script.dataset_test_split
+        options = {"split": "held_out" if held_out else "train"} if task == "word_problems" else {}
+        rows = TASKS[task][0](most or (200 if held_out else 1000), seed=10_000 if held_out else 0, **options)
+        return Dataset.from_list(rows)
+    kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = Path(name)
+    kind = next((kinds[suffix] for suffix in path.suffixes if suffix in kinds), None)
+    if path.is_file() and kind is None:
+        raise ValueError(f"`dataset_name` must be a file of {', '.join(kinds)}, got {name}.")
+    if path.is_file():
+        data = load_dataset(kind, data_files=name, split="train")
+    else:
+        data = load_dataset(name, script.dataset_config, split=split)
+    if script.prompt_column not in data.column_names:
+        raise ValueError(
+            f"`prompt_column` must be one of {', '.join(data.column_names)}, the columns of {name}, got "
+            f"{script.prompt_column!r}."
+        )
+    if script.prompt_column != "prompt":
+        data = data.rename_column(script.prompt_column, "prompt")
+    data = data.select(range(min(most or len(data), len(data))))
+    if script.system_prompt or script.chat:
+        before = [{"role": "system", "content": script.system_prompt}] if script.system_prompt else []
+        data = data.map(lambda row: {"prompt": [*before, {"role": "user", "content": row["prompt"]}]})
+    return data
