@@ -73,11 +73,10 @@ class FullCMAES(Strategy):
     def _update(self, kept: np.ndarray, values: np.ndarray) -> bool:
         fitness = np.full(self.population_size, np.nan)
         fitness[kept] = values
-        # asked even if nothing is told, as a replay cannot know whether somebody asked
-        asked = self._draws()
         self.told, self.sigmas = np.vstack([self.told, fitness]), np.append(self.sigmas, self.sigma)
         informative = bool(values.min() < values.max())
         if informative:
+            asked = self._draws()
             with _quiet():
                 self._search.tell(list(asked[kept]), list(-values))
                 # pycma may have moved to other coordinates
@@ -124,7 +123,6 @@ def _pycma(mean: np.ndarray, sigma: float, population_size: int, feed: list[np.n
         options = {
             "popsize": population_size,
             "randn": lambda number, dim: feed.pop(),
-            "seed": np.nan,
             "AdaptSigma": CMAAdaptSigmaCSA,
             "CMA_mirrors": 0,
             "verbose": -9,

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import copy
 import doctest
 import gc
 import math
@@ -99,9 +100,6 @@ def returns(*values):
     return planted
 
 
-# --- what comes out ---
-
-
 def test_the_examples_in_the_docstrings_are_true():
     failed, tried = doctest.testmod(calling)
     assert (failed, tried) == (0, 6)
@@ -171,9 +169,6 @@ def test_only_a_batch_without_any_reward_is_warned_of_and_once(caplog):
     assert np.isnan(batch.rewards).all()
     (record,) = caplog.records
     assert "All reward functions (planted, <lambda>) returned None for every row" in record.message
-
-
-# --- what is refused ---
 
 
 def reject(message):
@@ -311,9 +306,6 @@ def test_wrong_arguments_are_refused_before_any_model_is_loaded(functions, optio
         Rewards(functions, **options)
 
 
-# --- names ---
-
-
 class Judge:
     def __call__(self, **kwargs):
         return [1, 1]
@@ -336,9 +328,6 @@ def test_the_callers_list_stays_as_it_was(folder):
     functions = [str(folder)]
     Rewards(functions)
     assert functions == [str(folder)]
-
-
-# --- async and time ---
 
 
 def test_async_functions_run_at_the_same_time_and_keep_their_loop():
@@ -385,7 +374,6 @@ def test_the_loops_thread_ends_with_the_rewards():
     rewards = Rewards(later)
     rewards(["p"] * 2, ["c"] * 2, [[1]] * 2, {})
     thread = rewards._loop.thread
-    assert pickle.loads(pickle.dumps(Rewards(exact_reward))).names == ["exact_reward"]
     del rewards
     gc.collect()
     thread.join(30)
@@ -397,14 +385,6 @@ def test_rewards_travel_to_other_processes_after_use():
     with pytest.raises(RewardError):
         rewards(["p"], ["c"], [[1]], {"answer": ["c"]})
     assert pickle.loads(pickle.dumps(rewards)).names == ["exact_reward", "reject_later"]
-
-
-async def waits(**kwargs):
-    await asyncio.sleep(60)
-
-
-async def blocks(event, **kwargs):
-    event.wait(60)
 
 
 @pytest.mark.parametrize("kind", ["sync", "async", "async that blocks its loop"])
@@ -451,9 +431,6 @@ def test_a_quick_function_is_not_touched_by_a_time_limit():
     assert call(returns(1, 2), time_limit=60).rewards.tolist() == [1, 2]
     with pytest.raises(RewardError, match="`timeout` raised TimeoutError: of a server"):
         call(timeout, time_limit=60)
-
-
-# --- reward models ---
 
 
 def alone(model, tokenizer, texts):
@@ -507,14 +484,12 @@ def test_a_folder_with_a_language_model_is_refused(tmp_path, tokenizer):
 
 
 def test_a_tokenizer_needs_a_pad_token_and_a_model_without_a_name_a_tokenizer(reward_model, tokenizer):
-    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    without = copy.deepcopy(tokenizer)
+    without.pad_token = None
     with pytest.raises(ValueError, match="pad token, and that of LlamaForSequenceClassification has none"):
         Rewards(reward_model, processing_classes=without)
     with pytest.raises(ValueError, match="must hold a tokenizer for a model without a name, got None"):
         Rewards(reward_model)
-
-
-# --- TRL ---
 
 
 def test_trl_trains_on_these_rewards_and_combines_them_alike(tmp_path, tokenizer, folder):
@@ -559,7 +534,6 @@ def test_trl_trains_on_these_rewards_and_combines_them_alike(tmp_path, tokenizer
         report_to="none",
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
     )
     trainer = GRPOTrainer(
         model=LlamaForCausalLM(LlamaConfig(**SHAPE, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
@@ -571,7 +545,7 @@ def test_trl_trains_on_these_rewards_and_combines_them_alike(tmp_path, tokenizer
     trainer.train()
 
     ours = Rewards(functions, weights=weights)
-    assert [name for name in trainer.reward_func_names if name not in ours.names] == []
+    assert trainer.reward_func_names == ours.names
     logged = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert len(calls) == len(logged) == 2
     for kwargs, mean in zip(list(calls), logged, strict=True):
@@ -585,9 +559,6 @@ def test_trl_trains_on_these_rewards_and_combines_them_alike(tmp_path, tokenizer
     np.testing.assert_allclose(batch.by_function, theirs, rtol=1e-5, atol=1e-6)
     assert np.isnan(batch.by_function[:, ours.names.index("every_other")]).sum() == 4
     assert len(np.unique(batch.rewards)) > 2, "the batch tells nothing apart"
-
-
-# --- the package ---
 
 
 def test_the_public_names_are_importable_sorted_and_known_to_type_checkers():

@@ -7,7 +7,7 @@ from decimal import Decimal
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.rewards import exact_reward, formats, json_reward, last_number_reward, length_reward
@@ -77,11 +77,10 @@ def test_an_exact_answer_is_equal_up_to_white_space_around_it():
     assert exact_reward([" Paris\n", "paris", "Paris!", "7", "x"], answer=answers) == [1.0, 0.0, 0.0, 1.0, None]
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda x: st.lists(x)))
 def test_what_python_writes_as_json_is_json_unless_it_holds_infinity(value):
-    text = json.dumps(value)
-    expected = 0.0 if "Infinity" in json.dumps(value) and not isinstance(value, str) and _has_infinity(value) else 1.0
-    assert json_reward([text]) == [expected]
+    assert json_reward([json.dumps(value)]) == [float(not _has_infinity(value))]
 
 
 def _has_infinity(value):
@@ -125,6 +124,7 @@ def test_a_code_fence_counts_only_where_it_is_allowed(fenced):
     assert json_reward([fenced, "``````", '{"a": 1}'], allow_fence=True) == [1.0, 0.0, 1.0]
 
 
+@settings(deadline=None)
 @given(low=st.integers(0, 50), width=st.integers(1, 50), n=st.integers(0, 300))
 def test_the_length_reward_is_the_trapezoid_of_its_formula(low, width, n):
     high = low + width

@@ -8,7 +8,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.rewards import boxed_reward, gsm8k_reward
@@ -33,6 +33,7 @@ def test_the_examples_in_the_docstrings_are_true():
 DRESSES = ["{:,}", "{}", "${:,}.00", "{}.0", " {} ", "{:,} apples.", "= {:,}", "$ {:,}", "**{}**", "({:,})", "{:_}"]
 
 
+@settings(deadline=None)
 @given(value=st.integers(-(10**15), 10**15), other=st.integers(-(10**15), 10**15), dress=st.sampled_from(DRESSES))
 def test_a_number_in_any_dress_is_that_number_and_no_other(value, other, dress):
     text = "After 3 - 2 steps:\n#### " + dress.format(value).replace("_", " ")
@@ -143,6 +144,7 @@ def test_boxed_expressions_are_equal_where_mathematics_says_so(found, gold, rewa
     assert boxed_reward([f"Thus \\boxed{{{found}}}."], answer=[gold]) == [reward]
 
 
+@settings(deadline=None)
 @given(
     pair=st.tuples(st.fractions(max_denominator=50), st.fractions(max_denominator=50)),
     form=st.sampled_from([r"{0.numerator}/{0.denominator}", r"\frac{{{0.numerator}}}{{{0.denominator}}}"]),
