@@ -155,6 +155,7 @@ class ESSATrainer(Trainer):
         self.model.eval()
         self.space = SvdLora(self.model, args.svd_fraction, args.sigma_mode, args.clamp_min)
         self._strategy: Strategy | None = None
+        self._new_strategy(1.0)  # refuses options that do not fit, before anything is generated
         self.scorer = Scorer(self.model, self.space, tokenizer, self.rewards, args)
         self.backend: Any = ProcessBackend(self.scorer, self.accelerator)
         if args.candidate_backend == "ray":
@@ -231,14 +232,7 @@ class ESSATrainer(Trainer):
         if self.args.should_save:
             remove_parts(self.args.output_dir)
         sigma = self.args.first_sigma if checkpoint is None else 1.0  # a checkpoint brings its own
-        self._strategy = make_strategy(
-            self.args.optimizer,
-            self.space.dim,
-            self.args.population_size,
-            sigma if sigma is not None else self._calibrated(),
-            self._seed,
-            **self._strategy_options,
-        )
+        self._strategy = self._new_strategy(sigma if sigma is not None else self._calibrated())
         if checkpoint is not None:
             self._counts = read_checkpoint(self, Path(checkpoint), self._identity())["counts"]
         self.space.write(self.strategy.mean)
@@ -258,12 +252,11 @@ class ESSATrainer(Trainer):
     def _batches_an_epoch(self) -> int:
         return math.ceil(len(self.prompts) / self.args.batch_size_per_candidate)
 
-    @property
-    def _strategy_options(self) -> dict[str, Any]:
-        options = dict(self.args.optimizer_kwargs or {})
-        if self.args.optimizer in ("sep-cma", "cma"):
-            options.setdefault("min_population_fraction", self.args.min_population_fraction)
-        return options
+    def _new_strategy(self, sigma: float) -> Strategy:
+        options = {"min_population_fraction": self.args.min_population_fraction, **(self.args.optimizer_kwargs or {})}
+        return make_strategy(
+            self.args.optimizer, self.space.dim, self.args.population_size, sigma, self._seed, **options
+        )
 
     def _calibrated(self) -> float:
         prompts, completions = self._start_samples("", self.prompts, CALIBRATION_PROMPTS, CALIBRATION_TOKENS)

@@ -274,8 +274,7 @@ def train_singular_values(model: Any) -> None:
         def __init__(self, weight: torch.Tensor) -> None:
             super().__init__()
             U, s, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
-            self.register_buffer("U", U.float())
-            self.register_buffer("Vt", Vt.float())
+            self.U, self.Vt = U.float(), Vt.float()
             self.x = torch.nn.Parameter(torch.zeros(len(s)))
 
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
