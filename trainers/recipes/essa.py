@@ -54,7 +54,7 @@ def cells(options: Options) -> list[Cell]:
 
 
 def prepare(options: Options, folder: Path) -> dict[str, Any]:
-    """Nothing is shared but the task: each seed trains its own base and LoRA, in seconds."""
+    """Nothing is made beforehand: the first cell of a seed trains its base for all of them."""
     return {"data": "two-digit sums"}
 
 
@@ -110,24 +110,41 @@ def train_on(model: Any, tokenizer: Any, seed: int, steps: int, wrong: float, lr
     model.eval()
 
 
-def start(seed: int, base_steps: int, rounded: bool) -> tuple[Any, Any]:
+def start(seed: int, base_steps: int, rounded: bool, shared: Path) -> tuple[Any, Any]:
     """The base, its LoRA after supervised steps, and the tokenizer; the same for all arms of a seed."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = tokenizer_of()
-    torch.manual_seed(seed)
-    tokens = {"vocab_size": len(CHARACTERS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    base = LlamaForCausalLM(LlamaConfig(**SHAPE, **tokens, max_position_embeddings=32))
-    train_on(base, tokenizer, seed, base_steps, BASE_WRONG, lr=3e-3, batch=256)
+    base = LlamaForCausalLM.from_pretrained(trained_base(seed, base_steps, shared), dtype=torch.float32)
     if rounded:
         round_to_int8(base)
+    torch.manual_seed(seed)
     model = get_peft_model(
         base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     )
     train_on(model, tokenizer, seed + 1000, SFT_STEPS, SFT_WRONG, lr=3e-3, batch=128)
     return model, tokenizer
+
+
+def trained_base(seed: int, steps: int, shared: Path) -> Path:
+    """The folder of a seed's base, trained by the first cell that needs it."""
+    import torch
+    from filelock import FileLock
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = shared / f"base-{seed}"
+    with FileLock(shared / f"base-{seed}.lock"):
+        if not folder.is_dir():
+            torch.manual_seed(seed)
+            tokens = {"vocab_size": len(CHARACTERS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+            base = LlamaForCausalLM(LlamaConfig(**SHAPE, **tokens, max_position_embeddings=32))
+            train_on(base, tokenizer_of(), seed, steps, BASE_WRONG, lr=3e-3, batch=256)
+            part = shared / f"base-{seed}.part"
+            base.save_pretrained(part)
+            part.rename(folder)
+    return folder
 
 
 def round_to_int8(model: Any) -> None:
@@ -164,7 +181,7 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
 
     settings = cell.settings
     kind, _, rate = cell.arm.partition("-")
-    model, tokenizer = start(cell.seed, settings["base_steps"], rounded=kind == "essa_int8")
+    model, tokenizer = start(cell.seed, settings["base_steps"], kind == "essa_int8", place.shared)
     asked = problems(10_000, settings["held_out"], held_out=True)
     curve = [(0, accuracy(model, tokenizer, asked))]
     train = problems(cell.seed, 4000, held_out=False)
@@ -260,7 +277,8 @@ def run_grpo(
     )
     trainer = GRPOTrainer(model, exact, args, Dataset.from_list(train), processing_class=tokenizer, callbacks=[watch])
     trainer.train()
-    return int(trainer.state.num_input_tokens_seen)
+    # TRL counts prompts too, which have six tokens each
+    return int(trainer.state.num_input_tokens_seen) - 6 * total
 
 
 def train_singular_values(model: Any) -> None:
