@@ -1,7 +1,7 @@
 """`python -m trainers essa --config run.yaml`; ready files lie in `trainers/essa/configs`.
 
-    trl sft --config sft.yaml                # a LoRA to start from, some minutes
-    python -m trainers essa --config run.yaml
+    python -m trainers sft --config trainers/essa/configs/stories_sft.yaml      # a LoRA to start from
+    python -m trainers essa --config trainers/essa/configs/stories_essa.yaml
 
 Options are those of [`ESSAConfig`] and of TRL's `ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, `lora_r`,
 `load_in_8bit`, ...), and those below.
@@ -28,9 +28,10 @@ class ESSAScriptArguments:
         }
     )
     reward_funcs: list[str] = field(
+        default_factory=list,
         metadata={
             "help": "Names in trainers.rewards, rewards of tasks (capitals, json_sum, word_problems), or models."
-        }
+        },
     )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Like dataset_name; by default its test split."}
@@ -38,6 +39,7 @@ class ESSAScriptArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to search on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    completion_column: str = field(default="answer", metadata={"help": "For sft: column of the right answers."})
     prompt_column: str = field(
         default="prompt", metadata={"help": "Column that holds the prompts, texts or messages."}
     )
@@ -58,8 +60,8 @@ def main(argv: list[str]) -> None:
     except ImportError as error:
         raise ImportError(f'The command line needs TRL: pip install "hf_ext[trainers]" ({error}).') from error
     script, args, named = TrlParser((ESSAScriptArguments, ESSAConfig, ModelConfig)).parse_args_and_config(argv)
-    if not named.model_name_or_path:
-        raise ValueError("`model_name_or_path` must be given: a Hub id or folder of an adapter or a model.")
+    if not script.reward_funcs:
+        raise ValueError("`reward_funcs` must be given, for example gsm8k_reward.")
     rewards = [reward_function(name) for name in script.reward_funcs]
     train = read(script, script.dataset_name, script.dataset_train_split, script.max_train_samples)
     evaluated = None
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
     from trainers.essa.essa_trainer import ESSATrainer
 
     trainer = ESSATrainer(
-        model=named.model_name_or_path,
+        model=model_path(named.model_name_or_path),
         reward_funcs=rewards,
         args=args,
         train_dataset=train,
@@ -88,6 +90,15 @@ def main(argv: list[str]) -> None:
     trainer.save_model()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def model_path(name: str | None) -> str:
+    """A Hub id or folder as it is; "stories" and "smollm2" are models of `hf_ext.tiny`."""
+    if not name:
+        raise ValueError("`model_name_or_path` must be given: a Hub id or folder of an adapter or a model.")
+    from hf_ext import tiny
+
+    return str(tiny.path(name)) if name in ("stories", "smollm2") and not Path(name).exists() else name
 
 
 def task_reward(
