@@ -1,7 +1,7 @@
 """`python -m trainers sft --config run.yaml`: the LoRA that a search starts from, by TRL's SFTTrainer.
 
-Options are those of TRL's `SFTConfig` and `ModelConfig`, and the data options of `python -m trainers essa`. Prompts come
-from `prompt_column`, the answers to learn from `completion_column`.
+Options are those of TRL's `SFTConfig` and `ModelConfig`, and the data options of `python -m trainers essa`. Prompts
+come from `prompt_column`, the answers to learn from `completion_column`.
 """
 
 from typing import Any

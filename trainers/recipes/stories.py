@@ -3,8 +3,8 @@
     python -m trainers.recipes stories --budget small      # the models lie in the cells' folders afterwards
     python -m trainers.recipes.bundle_stories hf_ext/tiny  # copies those of seed 0, with log and card, into a folder
 
-- Both arms see the same rows in the same order: chats of stories (about two thirds of the tokens), word problems and
-  sums, joined and cut to rows of 256 tokens, in which a chat sees no other one. No row comes twice.
+- Both arms see the same rows in the same order: whole chats of stories (about two thirds of the tokens), word problems
+  and sums in rows of 256 tokens, in which a chat sees no other one. Only answers are learned. No row comes twice.
 - A fifth of the operand pairs is held out (`word_problems.held_out`), in problems, sums and counts of stories alike:
   stories that use one are drawn again. So the entropy of what is seen is that of the grammar plus log Z, where Z is
   the share of stories that pass, estimated from 20 000.
@@ -156,7 +156,7 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
     remove_checkpoints(place.folder)
     return {
         "params_trained": sum(p.numel() for p in model.parameters()),
-        "tokens": steps * BATCH * LENGTH,
+        "tokens": sum(int((row["input_ids"] != tokenizer.pad_token_id).sum()) for row in rows),
         "series": {name: [round(entry[name], 5) for entry in log] for name in ("step", "nll")} | measured["series"],
         "metrics": measured["metrics"],
         "samples": measured["samples"],
@@ -165,20 +165,40 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
 
 
 def packed(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows of chats, joined; positions start anew with each chat, by which it sees no other one."""
+    """
+    `count` rows of whole chats, filled up with padding; labels are the answers.
+
+    Positions start anew with each chat, by which it sees no other one. No chat is cut: what is copied is always there.
+    """
     import torch
 
+    from hf_ext.tasks import stories
+
     rng = random.Random(seed)
-    ids: list[int] = []
-    places: list[int] = []
-    while len(ids) < count * LENGTH:
-        texts = [tokenizer.apply_chat_template(chat(rng), tokenize=False) for _ in range(1000)]
-        for row in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            ids += row
-            places += range(len(row))
-    rows, positions = (torch.tensor(x[: count * LENGTH]).view(count, LENGTH) for x in (ids, places))
-    positions = positions - positions[:, :1] * (positions - torch.arange(LENGTH) == positions[:, :1])
-    return [{"input_ids": row, "position_ids": at, "labels": row} for row, at in zip(rows, positions, strict=True)]
+    pad = tokenizer.pad_token_id
+    rows: list[tuple[list[int], list[int], list[int]]] = [([], [], [])]
+    while len(rows) <= count:
+        chats = [chat(rng) for _ in range(1000)]
+        asked = [stories.messages(messages[0]["content"]) for messages in chats]
+        texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        answers = tokenizer([messages[1]["content"] + END for messages in chats])["input_ids"]
+        for prompt, answer in zip(tokenizer(texts)["input_ids"], answers, strict=True):
+            if len(rows[-1][0]) + len(prompt) + len(answer) > LENGTH:
+                rows.append(([], [], []))
+            ids, places, labels = rows[-1]
+            ids += prompt + answer
+            places += range(len(prompt) + len(answer))
+            labels += [-100] * len(prompt) + answer
+    found = []
+    for ids, places, labels in rows[:count]:
+        left = LENGTH - len(ids)
+        parts = {
+            "input_ids": ids + [pad] * left,
+            "position_ids": [*places, *range(left)],
+            "labels": labels + [-100] * left,
+        }
+        found.append({name: torch.tensor(part) for name, part in parts.items()})
+    return found
 
 
 def stories_of(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:

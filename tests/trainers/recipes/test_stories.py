@@ -61,21 +61,26 @@ def test_the_tokenizer_keeps_chats_and_numbers_apart(tokenizer):
     assert text.startswith(asked)
 
 
-def test_rows_are_full_of_whole_chats_in_an_order_of_the_seed(tokenizer):
+def test_rows_hold_whole_chats_in_an_order_of_the_seed_and_teach_their_answers(tokenizer):
     rows = recipe.packed(tokenizer, 6, seed=1)
     assert [len(row["input_ids"]) for row in rows] == [recipe.LENGTH] * 6
     again = recipe.packed(tokenizer, 6, seed=1)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, again, strict=True))
-    for row in rows:  # a chat starts at position 0; the first one of a row may be the rest of one
-        starts = row["input_ids"][1:][row["position_ids"][1:] == 0]
-        assert set(tokenizer.convert_ids_to_tokens(starts.tolist())) <= {"<|im_start|>"}
-        assert row["position_ids"][0] == 0
-        steps = row["position_ids"].diff()
-        assert set(steps[row["position_ids"][1:] != 0].tolist()) == {1}
-    text = tokenizer.decode(torch.cat([row["input_ids"] for row in rows]))
-    whole = text.split("<|im_start|>user\n")[1:-1]
-    assert len(whole) > 10
-    assert all(chat.endswith("<|im_end|>\n") and chat.count("<|im_start|>assistant") == 1 for chat in whole)
+    chats = 0
+    for row in rows:
+        starts = (row["position_ids"] == 0).nonzero()[:, 0].tolist()
+        for start, end in zip(starts, [*starts[1:], recipe.LENGTH], strict=True):
+            ids, labels = row["input_ids"][start:end], row["labels"][start:end]
+            assert row["position_ids"][start:end].tolist() == list(range(end - start))
+            if ids[0] == tokenizer.pad_token_id:
+                assert end == recipe.LENGTH and (ids == ids[0]).all() and (labels == -100).all()
+                continue
+            chats += 1
+            asked, answer = tokenizer.decode(ids).split("<|im_start|>assistant\n")
+            assert asked.startswith("<|im_start|>user\n") and answer.endswith("<|im_end|>")
+            learned = labels != -100
+            assert tokenizer.decode(labels[learned]) == answer and torch.equal(labels[learned], ids[learned])
+    assert chats > 10
 
 
 def test_a_model_that_knows_the_grammar_has_no_gap(tokenizer):
@@ -111,8 +116,8 @@ def test_the_recipe_runs_and_its_models_can_be_bundled(tmp_path):
     assert [cell["status"] for cell in result["cells"]] == ["done", "done"]
     assert {claim["id"] for claim in result["claims"]} >= {"stories_parse", "stories_adds", "stories_lime_entropy"}
     llama, lime = (cell["params_trained"] for cell in result["cells"])
-    # the twin's routers: G^2 (L (L + 1) / 2 - 1) for 4 heads and 8 layers
-    assert lime - llama == 16 * 35
+    # the twin's routers: G^2 (L (L + 1) / 2 - 1) for 6 heads and 4 layers
+    assert lime - llama == 36 * 9
     assert llama <= 2_500_000
     made = bundle(tmp_path / "stories/smoke/cells", tmp_path / "tiny")
     assert [folder.name for folder in made] == ["stories_lime", "stories"]
