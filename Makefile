@@ -3,9 +3,11 @@
 #   PYTHON=python3.12        which Python makes the environment (3.11 or newer)
 #   VENV=path                another environment, for example one that has a CUDA build of torch: it is kept as it is
 #   PIP_ARGS="--index-url …" where torch comes from, see README
+#   EXTRAS=dev,ray           more extras for what the tests else skip
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+EXTRAS ?= dev
 ARGS ?=
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check
@@ -15,7 +17,7 @@ LATEST = $(VENV)/.hf_ext
 .PHONY: help demo test bench reproduce style quality clean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 demo: $(LATEST)-demo
 	@echo "== preparing SmolLM2 (93 MB are fetched the first time)"
@@ -24,21 +26,21 @@ demo: $(LATEST)-demo
 	@echo "== opening the lab"
 	@$(PY) spaces/lab/app.py $(ARGS)
 
-test: $(LATEST)-dev
+test: $(LATEST)-$(EXTRAS)
 	@echo "== running the tests"
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
-reproduce: $(LATEST)-dev
+reproduce: $(LATEST)-$(EXTRAS)
 	@$(PY) -m trainers.recipes --all $(ARGS) && $(PY) model_cards/render.py && cat model_cards/results/results.md
 
-bench: $(LATEST)-dev
+bench: $(LATEST)-$(EXTRAS)
 	@$(PY) -m tests.benchmarks --all $(ARGS) && $(PY) model_cards/render.py && cat model_cards/results/results.md
 
-style: $(LATEST)-dev
+style: $(LATEST)-$(EXTRAS)
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-quality: $(LATEST)-dev
+quality: $(LATEST)-$(EXTRAS)
 	@echo "== ruff, mypy, import rules"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .

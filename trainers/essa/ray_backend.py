@@ -52,6 +52,7 @@ class _Call(NamedTuple):
 class _Generation(NamedTuple):
     """What is to be scored, and how far it is."""
 
+    generation: int
     parts: list[range]
     rows: Sequence[Row]
     X: np.ndarray
@@ -103,14 +104,14 @@ class RayBackend:
         args = self.scorer.args
         parts = chunks(len(rows), args.max_concurrent_sequences or args.batch_size_per_candidate, 1)
         others = self._stored(prompts.fingerprint, prompts), generation, self.ray.put(state)
-        now = _Generation(parts, rows, X, others, deque(range(len(parts))), {}, [], Counter())
+        now = _Generation(generation, parts, rows, X, others, deque(range(len(parts))), {}, [], Counter())
         self._muster()
         told = False
         while len(now.done) < len(parts):
             self._hand_out(now)
             ready, _ = self.ray.wait(list(self._busy), timeout=1)
             for call in ready:
-                self._take_back(call, now, generation)
+                self._take_back(call, now)
             up = any(call.part != STARTING for call in self._busy.values())
             if not ready and not up and not told and time.monotonic() - self._began > SLOW_START:
                 told = True
@@ -160,7 +161,7 @@ class RayBackend:
         wanted = self.num_workers or max(1, int(cluster.get("GPU" if self._needs["num_gpus"] else "CPU", 1)))
         remote = self.ray.remote(_Worker).options(**self._needs, scheduling_strategy="SPREAD")
         while len(self._workers) < wanted:
-            worker = remote.remote(self._stored("scorer", self.scorer))
+            worker: Any = remote.remote(self._stored("scorer", self.scorer))
             self._workers.append(worker)
             self._busy[worker.__ray_ready__.remote()] = _Call(STARTING, worker, time.monotonic())
 
@@ -179,7 +180,7 @@ class RayBackend:
             call = worker.score.remote(now.X[used], renamed, *now.others)
             self._busy[call] = _Call(part, worker, time.monotonic())
 
-    def _take_back(self, call: Any, now: _Generation, generation: int) -> None:
+    def _take_back(self, call: Any, now: _Generation) -> None:
         """What a call gave; where its worker is lost, its part to the queue and another worker in its place."""
         part, worker, started = self._busy.pop(call)
         try:
@@ -188,11 +189,11 @@ class RayBackend:
             if part >= 0 and part not in now.done:
                 raise error.cause from error
         except self.ray.exceptions.RayError as error:  # the worker, its node or its memory is gone
-            logger.warning("A Ray worker was lost (%s). Its rows go back to the queue.", type(error).__name__)
+            logger.warning("A Ray worker was lost (%s); another takes its place.", type(error).__name__)
             self.ray.kill(worker)  # one that was only out of reach is not to come back
             self._workers.remove(worker)
             now.lost[part] += 1
-            self._stop_if_hopeless(part, now, generation, error)
+            self._stop_if_hopeless(part, now, error)
             if part >= 0 and part not in now.done and part not in [other.part for other in self._busy.values()]:
                 now.waiting.appendleft(part)
             self._hire()
@@ -203,15 +204,15 @@ class RayBackend:
                 now.done[part] = found
                 now.seconds.append(time.monotonic() - started)
 
-    def _stop_if_hopeless(self, part: int, now: _Generation, generation: int, error: Exception) -> None:
+    def _stop_if_hopeless(self, part: int, now: _Generation, error: Exception) -> None:
         lost, over = now.lost[part], "at their start"
         most = MOST_LOSSES * (len(self._workers) + 1)  # a node that dies takes many that start with it
         if part >= 0:
             most, over = MOST_LOSSES, f"over rows {now.parts[part].start} to {now.parts[part].stop - 1}"
         if part != STALE and lost >= most:
             raise RuntimeError(
-                f"{lost} Ray workers were lost {over} in generation {generation}, one after the other: see the error "
-                "above and Ray's logs, and check their memory. The search is as after the last whole generation."
+                f"{lost} Ray workers were lost {over} in generation {now.generation}, one after the other. See the "
+                "error above and Ray's logs, and check their memory. The search is as after the last whole generation."
             ) from error
 
     def check_agreement(self, fingerprint: str, generation: int) -> None:
