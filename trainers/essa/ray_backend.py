@@ -143,7 +143,7 @@ class RayBackend:
         """Begin a generation: see which workers are there, and start those that are missing."""
         for call, (part, worker, started) in list(self._busy.items()):
             if part == STALE and started < self._began:
-                self.ray.kill(worker)  # it slept through a whole generation; its call fails, and it is replaced
+                self._dismiss(worker)  # it slept through a whole generation; its call fails, and it is replaced
             elif part != STARTING:
                 self._busy[call] = _Call(STALE, worker, started)
         self._began = time.monotonic()
@@ -190,7 +190,7 @@ class RayBackend:
                 raise error.cause from error
         except self.ray.exceptions.RayError as error:  # the worker, its node or its memory is gone
             logger.warning("A Ray worker was lost (%s); another takes its place.", type(error).__name__)
-            self.ray.kill(worker)  # one that was only out of reach is not to come back
+            self._dismiss(worker)  # one that was only out of reach is not to come back
             self._workers.remove(worker)
             now.lost[part] += 1
             self._stop_if_hopeless(part, now, error)
@@ -215,6 +215,12 @@ class RayBackend:
                 "error above and Ray's logs, and check their memory. The search is as after the last whole generation."
             ) from error
 
+    def _dismiss(self, worker: Any) -> None:
+        try:
+            self.ray.kill(worker)
+        except self.ray.exceptions.RaySystemError as error:  # raised where it was not up yet, whose start is cancelled
+            logger.debug("A Ray worker ended before it was up: %s", error)
+
     def check_agreement(self, fingerprint: str, generation: int) -> None:
         """There is one search state, here."""
 
@@ -222,5 +228,5 @@ class RayBackend:
         """Let the workers go. Scoring again starts new ones, with the scorer as it then is."""
         if self.ray.is_initialized():
             for worker in self._workers:
-                self.ray.kill(worker)
+                self._dismiss(worker)
         self._workers, self._busy, self._put = [], {}, {}
