@@ -234,9 +234,7 @@ def card(obj: Any, system: str, results: Mapping[str, Any] | str | os.PathLike[s
     measured = _read_results(results) if results is not None else {}
     class_name = _class_name(obj, config)
     pipeline_tag = next((tag for suffix, tag in _PIPELINE_TAGS.items() if class_name.endswith(suffix)), None)
-    base_model = next(
-        filter(is_hub_id, (getattr(config, "base_model_name_or_path", None), config.name_or_path)), None
-    )
+    base_model = next(filter(is_hub_id, (getattr(config, "base_model_name_or_path", None), config.name_or_path)), None)
     data = ModelCardData(
         library_name="transformers",
         license="apache-2.0",

@@ -81,7 +81,7 @@ def essa_card(trainer: Any, name: str | None = None, dataset: str | None = None,
     history = trainer.state.log_history
     figures = []
     for figure in sorted(
-        {key for entry in history for key in entry if key == "reward" or key.endswith(("_reward", "_kl"))}
+        {key for entry in history for key in entry if key in ("reward", "sigma") or key.endswith(("_reward", "_kl"))}
     ):
         values = [entry[figure] for entry in history if figure in entry]
         figures.append((figure, f"{values[0]:.4g}", f"{values[-1]:.4g}"))

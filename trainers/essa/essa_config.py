@@ -41,8 +41,7 @@ class ESSAConfig(TrainingArguments):
     of `TrainingArguments` that concern gradients have no effect, and say so where they are set.
 
     The paper (arXiv 2507.04453) uses populations of 24 to 96, 100 to 500 prompts for each candidate, and names no
-    step size, number of generations or decoding; those are ours: sep-CMA-ES, `sigma="auto"`, greedy. Many small
-    generations do better than few large ones in our measurements: `population_size=24, batch_size_per_candidate=25`.
+    step size, number of generations or decoding; those are ours: sep-CMA-ES, `sigma="auto"`, greedy.
     """
 
     population_size: int = _option(96, "Candidates in a generation (lambda). The paper: 24 to 96.")

@@ -21,23 +21,14 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState, ProgressCallback
-from transformers.trainer_utils import (
-    SaveStrategy,
-    TrainOutput,
-    speed_metrics,
-)
+from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from trainers.essa.backends import ProcessBackend, Scored, write_completions
 from trainers.essa.card import essa_card
 from trainers.essa.checkpoints import find_checkpoint, read_checkpoint, remove_parts, write_checkpoint
 from trainers.essa.essa_config import ESSAConfig
-from trainers.essa.loading import load_policy
-from trainers.essa.probes import (
-    CALIBRATION_PROMPTS,
-    CALIBRATION_TOKENS,
-    calibrate_sigma,
-    mean_token_kl,
-)
+from trainers.essa.loading import named_policy
+from trainers.essa.probes import CALIBRATION_PROMPTS, CALIBRATION_TOKENS, calibrate_sigma, mean_token_kl
 from trainers.essa.progress import ESSAProgress
 from trainers.essa.rollout import RESERVED, Prompts, generate_rows
 from trainers.essa.scorer import FAILED, FINISHED, FUNCTIONS, REWARD, TOKENS, Row, Scorer
@@ -71,6 +62,7 @@ class ESSATrainer(Trainer):
     Attributes:
         space ([`SearchSpace`]): What is searched.
         strategy ([`Strategy`]): Mean, step size and covariance, from `train` on.
+        fitness (`np.ndarray` [population_size]): Of the candidates of the last generation; NaN for those that failed.
 
     Raises:
         ValueError, TypeError: for what cannot be searched or scored, before any generation.
@@ -117,19 +109,9 @@ class ESSATrainer(Trainer):
                 raise ValueError(f"`generation_kwargs` must not set {name!r}: ESSAConfig or the trainer does.")
         if args.temperature and (args.generation_kwargs or {}).get("num_beams", 1) > 1:  # type: ignore[union-attr]
             raise ValueError("`num_beams` needs temperature=0: beams are searched, not sampled.")
-        self.rewards = Rewards(
-            reward_funcs,
-            args.reward_weights,
-            reward_processing_classes,
-            time_limit=args.reward_time_limit,
-            device=args.device,
-        )
-        model, tokenizer = load_policy(
-            model, processing_class, peft_config, quantization_config, args.model_init_kwargs
-        )
-        room = _room(model, args.max_completion_length)
-        template = args.chat_template_kwargs or {}
-        self.prompts = Prompts(train_dataset, tokenizer, room, template, "train_dataset")  # type: ignore[arg-type]
+        policy = named_policy(model, processing_class, peft_config, quantization_config, args.model_init_kwargs)
+        tokenizer, self._room = policy.tokenizer, _room(policy.context, args.max_completion_length)
+        self.prompts = self._read(train_dataset, tokenizer, "train_dataset", args)
         if args.batch_size_per_candidate > len(self.prompts):
             raise ValueError(
                 f"`batch_size_per_candidate` must be at most the {len(self.prompts)} rows of train_dataset, got "
@@ -137,12 +119,19 @@ class ESSATrainer(Trainer):
             )
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         self.eval_prompts = {
-            name: Prompts(data, tokenizer, room, template, f"eval_dataset {name}".strip())  # type: ignore[arg-type]
+            name: self._read(data, tokenizer, f"eval_dataset {name}".strip(), args)
             for name, data in named.items()
             if data is not None
         }
+        self.rewards = Rewards(
+            reward_funcs,
+            args.reward_weights,
+            reward_processing_classes,
+            time_limit=args.reward_time_limit,
+            device=args.device,
+        )
         super().__init__(
-            model=model,
+            model=policy.load(),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -162,8 +151,12 @@ class ESSATrainer(Trainer):
             from trainers.essa.ray_backend import RayBackend
 
             self.backend = RayBackend(self.scorer, args.num_workers)
-        self._counts: dict[str, Any] = {"completions": 0, "tokens": 0, "seconds": 0.0, "best": None, "stale": 0}
+        self._counts = _no_counts()
+        self.fitness: np.ndarray | None = None
         self._starts: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+
+    def _read(self, data: Any, tokenizer: Any, name: str, args: ESSAConfig) -> Prompts:
+        return Prompts(data, tokenizer, self._room, args.chat_template_kwargs, name)  # type: ignore[arg-type]
 
     # ---- the loop ----
 
@@ -187,8 +180,8 @@ class ESSATrainer(Trainer):
             raise TypeError(f"`train` must be called with resume_from_checkpoint alone, got {', '.join(kwargs)}.")
         args, started = self.args, time.time()
         checkpoint = find_checkpoint(args.output_dir, resume_from_checkpoint)
-        batches = math.ceil(len(self.prompts) / args.batch_size_per_candidate)
-        most = args.max_steps if args.max_steps > 0 else math.ceil(batches * args.num_train_epochs)
+        epochs = math.ceil(self._batches_an_epoch * args.num_train_epochs)
+        most = args.max_steps if args.max_steps > 0 else epochs
         self._begin(most, checkpoint)
         first, before = self.state.global_step, self._counts["seconds"]
         self.is_in_train = True
@@ -202,16 +195,24 @@ class ESSATrainer(Trainer):
                 self._counts["seconds"] = before + time.time() - started
                 if self._log_evaluate_save(logs):
                     saved = self.state.global_step
-        except BaseException:
-            # what was computed is not lost; other processes are elsewhere, and would wait at the barrier of a save
-            alone = args.world_size == 1 and args.save_strategy != SaveStrategy.NO
-            if alone and self.state.global_step > saved:
-                self._save_checkpoint(self.model, None)
+        except (Exception, KeyboardInterrupt):
+            self._keep(saved)
             raise
         finally:
             self.is_in_train = False
             self.backend.close()
         return self._finish(started, first)
+
+    def _keep(self, saved: int) -> None:
+        """After an error or Ctrl-C: the mean back into the model, and a checkpoint of what was not saved yet."""
+        self.space.write(self.strategy.mean)  # candidates one by one leave theirs
+        # in the midst of a step strategy and state disagree, and other processes would not come to the save
+        whole = self.strategy.generation == self.state.global_step and self.args.world_size == 1
+        if whole and self.state.global_step > saved and self.args.save_strategy != SaveStrategy.NO:
+            self._save_checkpoint(self.model, None)
+            logger.warning(
+                "%d generations are saved: train(resume_from_checkpoint=True) goes on.", self.state.global_step
+            )
 
     def _begin(self, most: int, checkpoint: str | None) -> None:
         self.state = TrainerState(
@@ -233,8 +234,10 @@ class ESSATrainer(Trainer):
             remove_parts(self.args.output_dir)
         sigma = self.args.first_sigma if checkpoint is None else 1.0  # a checkpoint brings its own
         self._strategy = self._new_strategy(sigma if sigma is not None else self._calibrated())
+        self._counts = _no_counts()
         if checkpoint is not None:
             self._counts = read_checkpoint(self, Path(checkpoint), self._identity())["counts"]
+            self.backend.close()  # workers of an earlier evaluation have other bases
         self.space.write(self.strategy.mean)
 
     @property
@@ -313,7 +316,7 @@ class ESSATrainer(Trainer):
                 "it, or check that the model ends its turns.",
                 args.max_completion_length,
             )
-        self._last = scored, rows
+        self._last, self.fitness = (scored, rows), fitness
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
         if self.state.global_step % self._batches_an_epoch == 0:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
@@ -431,10 +434,8 @@ class ESSATrainer(Trainer):
             named = self.eval_prompts
         else:
             given = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-            room = _room(self.model, self.args.max_completion_length)
-            template = self.args.chat_template_kwargs or {}
             named = {
-                name: Prompts(data, self.processing_class, room, template, "eval_dataset")
+                name: self._read(data, self.scorer.tokenizer, "eval_dataset", self.args)
                 for name, data in given.items()
             }
         if not named:
@@ -506,9 +507,15 @@ class ESSATrainer(Trainer):
             essa_card(self, model_name, dataset_name, tags).save(Path(self.args.output_dir) / "README.md")
 
 
-def _room(model: Any, completion: int) -> int:
+def _no_counts() -> dict[str, Any]:
+    """Of a run that begins: what was spent, and what early stopping knows."""
+    return {"completions": 0, "tokens": 0, "seconds": 0.0, "best": None, "stale": 0}
+
+
+def _room(context: int | None, completion: int) -> int:
     """Most tokens that a prompt may have, beside a completion, in the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    if context is None:
+        return 10**9
     if completion >= context:
         raise ValueError(
             f"`max_completion_length` must be below the model's context of {context} tokens, got {completion}."

@@ -1,43 +1,44 @@
 """From what a user names to a PeftModel and its tokenizer; what cannot work is refused before weights load."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 
-def load_policy(
-    model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any, init_kwargs: Any
-) -> tuple[Any, Any]:
+class Policy(NamedTuple):
+    """What is known before any weight is there: the tokenizer, and the context in tokens; `load` gives the model."""
+
+    tokenizer: Any
+    context: int | None
+    load: Callable[[], Any]
+
+
+def named_policy(model: Any, tokenizer: Any, peft_config: Any, quantization_config: Any, init_kwargs: Any) -> Policy:
     """
-    The model that is searched, and its tokenizer.
+    The model that is searched, as [`ESSATrainer`] is given it; the tokenizer pads, on the left.
 
-    Args: as of [`ESSATrainer`].
-
-    Returns:
-        `(PeftModel, PreTrainedTokenizerBase)`: the tokenizer with a padding token and padding on the left.
+    Raises:
+        TypeError, ValueError: where there is no LoRA, or arguments do not go together.
     """
-    from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise TypeError(f"`peft_config` must be a LoraConfig, got {type(peft_config).__name__}.")
     if not isinstance(model, str | os.PathLike | PreTrainedModel | PeftModel):
         raise TypeError(f"`model` must be a name, a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
-    by_name = isinstance(model, str | os.PathLike)
-    name = str(model) if by_name else ""
+    by_name, given = isinstance(model, str | os.PathLike), cast(Any, model)
     if quantization_config is not None and not by_name:
         raise ValueError("`quantization_config` needs `model` by name: a loaded model is quantised or is not.")
     if init_kwargs and not by_name:
         raise ValueError("`model_init_kwargs` needs `model` by name: a loaded model has its arguments already.")
-    if tokenizer is None and not by_name:
-        name = getattr(model, "name_or_path", "")
-        if not name:
-            raise ValueError("`processing_class` must be given: the model has no name to load a tokenizer by.")
-    is_adapter = by_name and _is_adapter(name)
-    if is_adapter and peft_config is not None:
-        raise ValueError(f"`peft_config` must be left out: {name} is an adapter already.")
-    if isinstance(model, PeftModel) and peft_config is not None:
+    name = str(model) if by_name else getattr(model, "name_or_path", "")
+    has_adapter = _is_adapter(name) if by_name else isinstance(model, PeftModel)
+    if tokenizer is None and not name:
+        raise ValueError("`processing_class` must be given: the model has no name to load a tokenizer by.")
+    if has_adapter and peft_config is not None:
         raise ValueError("`peft_config` must be left out: `model` has an adapter already.")
-    if not is_adapter and not isinstance(model, PeftModel) and peft_config is None:
+    if not has_adapter and peft_config is None:
         raise ValueError(
             "`model` must have a trained LoRA, got a model without one. Train one first (trl's SFTTrainer with a "
             "LoraConfig), or pass `peft_config` to search from an untrained one, which reaches less."
@@ -48,15 +49,23 @@ def load_policy(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    options = dict(init_kwargs or {})
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     if by_name:
-        options = dict(init_kwargs or {})
-        if quantization_config is not None:
-            options["quantization_config"] = quantization_config
-        load = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
-        model = load.from_pretrained(name, **options)
-    if not isinstance(model, PeftModel):
-        model = get_peft_model(model, peft_config)
-    return model, tokenizer
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path if has_adapter else name
+        config = AutoConfig.from_pretrained(base, trust_remote_code=options.get("trust_remote_code"))
+    else:
+        config = given.config
+
+    def load() -> Any:
+        found = given
+        if by_name:
+            kind = AutoPeftModelForCausalLM if has_adapter else AutoModelForCausalLM
+            found = kind.from_pretrained(name, **options)
+        return found if isinstance(found, PeftModel) else get_peft_model(found, peft_config)
+
+    return Policy(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None), load)
 
 
 def _is_adapter(name: str) -> bool:

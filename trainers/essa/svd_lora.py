@@ -29,6 +29,10 @@ class SearchSpace(Protocol):
     dim: int
     scale: np.ndarray  # [dim], x in units of the searched parameters is scale * x
 
+    @property
+    def fingerprint(self) -> str:
+        """Differs where x means something else: a run is resumed in the same space alone."""
+
     def candidates(self, X: np.ndarray, row_ids: Any) -> Any:
         """A context in which row i of every batch is computed with candidate X[row_ids[i]]."""
 

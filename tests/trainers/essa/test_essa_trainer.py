@@ -201,6 +201,67 @@ def test_a_bad_reward_stops_the_run_and_leaves_the_search_as_it_was(make, value,
     assert np.array_equal(resumed.strategy.mean, plain.strategy.mean)
 
 
+def test_what_is_saved_after_an_error_is_the_mean_and_not_the_last_candidate(make, lora, tmp_path):
+    from peft import PeftModel
+
+    calls = []
+
+    def turns_bad(completions, **columns):
+        calls.append(1)
+        return [float("nan")] * len(completions) if len(calls) == 2 else digits_and_capitals(completions)
+
+    trainer = make(reward_funcs=turns_bad, candidate_backend="sequential", save_strategy="steps", save_steps=100)
+    with pytest.raises(ValueError, match="turns_bad"):
+        trainer.train()
+    saved = PeftModel.from_pretrained(lora().unload(), tmp_path / "run" / "checkpoint-1")
+    trainer.space.write(trainer.strategy.mean)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(saved(ids).logits, trainer.model(ids).logits)
+
+
+def test_a_stop_in_the_midst_of_a_step_saves_no_state_that_is_half_of_it(make, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(**options)
+
+    def interrupted(fingerprint, generation):
+        if generation == 2:  # the strategy has learned from it, the trainer has not counted it
+            raise KeyboardInterrupt
+
+    trainer.backend.check_agreement = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    resumed, whole = make(**options), make(output_dir=str(tmp_path / "whole"), max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert np.array_equal(resumed.strategy.mean, whole.strategy.mean)
+
+
+def test_a_second_run_of_a_trainer_begins_anew(make):
+    trainer = make()
+    trainer.train()
+    first, mean = rewards(trainer), trainer.strategy.mean
+    trainer.train()
+    assert rewards(trainer) == first and np.array_equal(trainer.strategy.mean, mean)
+    assert trainer.state.log_history[-2]["completions_total"] == 3 * 8 * 4
+    assert trainer.fitness.shape == (8,) and trainer.fitness.max() == trainer.state.log_history[-2]["reward_max"]
+
+
+def test_data_are_refused_before_any_weight_is_read(lora, letters, tmp_path):
+    from peft import LoraConfig
+
+    folder = tmp_path / "model"
+    lora().unload().save_pretrained(folder)
+    letters.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    args = ESSAConfig(str(tmp_path / "run"), use_cpu=True, batch_size_per_candidate=1, max_completion_length=6)
+    config = LoraConfig(target_modules=["q_proj"])
+    for data, match in (([{"question": "A"}], 'a column "prompt"'), ([{"prompt": "A" * 200}], "from 1 to")):
+        with pytest.raises((ValueError, TypeError), match=match):
+            ESSATrainer(str(folder), digits_and_capitals, args, data, peft_config=config)
+
+
 def test_a_reward_function_that_raises_or_hangs_is_named(make):
     import time
 
