@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
-from trainers.essa.backends import ProcessBackend, Scored, write_completions
+from trainers.essa.backends import ProcessBackend, write_completions
 from trainers.essa.card import essa_card
 from trainers.essa.checkpoints import find_checkpoint, read_checkpoint, remove_parts, write_checkpoint
 from trainers.essa.essa_config import ESSAConfig
@@ -31,7 +31,7 @@ from trainers.essa.loading import named_policy
 from trainers.essa.probes import CALIBRATION_PROMPTS, CALIBRATION_TOKENS, calibrate_sigma, mean_token_kl
 from trainers.essa.progress import ESSAProgress
 from trainers.essa.rollout import RESERVED, Prompts, generate_rows
-from trainers.essa.scorer import FAILED, FINISHED, FUNCTIONS, REWARD, TOKENS, Row, Scorer
+from trainers.essa.scorer import FINISHED, REWARD, TOKENS, Row, Scorer, candidate_fitness, describe
 from trainers.essa.strategies import Strategy, TooFewCandidates, make_strategy
 from trainers.essa.svd_lora import SvdLora
 from trainers.rewards.calling import Rewards
@@ -205,10 +205,11 @@ class ESSATrainer(Trainer):
 
     def _keep(self, saved: int) -> None:
         """After an error or Ctrl-C: the mean back into the model, and a checkpoint of what was not saved yet."""
+        if self.strategy.generation != self.state.global_step:  # it has learned from what was not counted any more
+            self.strategy.load_state_dict(*self._before)
         self.space.write(self.strategy.mean)  # candidates one by one leave theirs
-        # in the midst of a step strategy and state disagree, and other processes would not come to the save
-        whole = self.strategy.generation == self.state.global_step and self.args.world_size == 1
-        if whole and self.state.global_step > saved and self.args.save_strategy != SaveStrategy.NO:
+        alone = self.args.world_size == 1  # other processes would not come to the save
+        if alone and self.state.global_step > saved and self.args.save_strategy != SaveStrategy.NO:
             self._save_checkpoint(self.model, None)
             logger.warning(
                 "%d generations are saved: train(resume_from_checkpoint=True) goes on.", self.state.global_step
@@ -275,7 +276,8 @@ class ESSATrainer(Trainer):
         rows = self._rows(generation)
         for _ in range(MOST_RETRIES):
             scored = self.backend.score(strategy.ask(), rows, self.prompts, generation, self.state)
-            fitness = self._fitness(scored, rows)
+            fitness = candidate_fitness(scored.values, rows, args.population_size)
+            self._before = strategy.state_dict()
             try:
                 told = strategy.tell(fitness)
                 break
@@ -295,7 +297,7 @@ class ESSATrainer(Trainer):
         self._counts["tokens"] += tokens
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self._batches_an_epoch
-        logs = self._describe(scored, "")
+        logs = describe(scored.values, self.rewards.names, scored.metrics)
         logs |= {
             "reward": float(np.nanmean(fitness)),
             "reward_std": float(np.nanstd(fitness)),
@@ -331,33 +333,6 @@ class ESSATrainer(Trainer):
             prompts = self.prompts.batch(batch[args.resample], args.batch_size_per_candidate, self._seed)
             rows += [Row(candidate, i) for i in sorted(prompts, key=lambda i: len(self.prompts.ids[i]))]
         return rows
-
-    def _fitness(self, scored: Scored, rows: list[Row]) -> np.ndarray:
-        """Mean reward of each candidate; NaN where one of its rows failed or none was rewarded."""
-        candidate = np.array([row.candidate for row in rows])
-        reward, failed = scored.values[:, REWARD], scored.values[:, FAILED] > 0
-        if np.isnan(reward[~failed]).all() and not failed.all():
-            raise ValueError("Reward functions must reward some completion, but all of a generation's were None.")
-        fitness = np.full(self.args.population_size, np.nan)
-        for k in range(len(fitness)):
-            own = candidate == k
-            if not failed[own].any() and not np.isnan(reward[own]).all():
-                fitness[k] = np.nanmean(reward[own])
-        return fitness
-
-    def _describe(self, scored: Scored, prefix: str) -> dict[str, float]:
-        """What rows have in common, of a generation or an evaluation."""
-        values = scored.values
-        logs = {
-            f"{prefix}completions/mean_length": float(values[:, TOKENS].mean()),
-            f"{prefix}completions/clipped_ratio": float(1 - values[:, FINISHED].mean()),
-        }
-        for i, name in enumerate(self.rewards.names):
-            given = values[:, FUNCTIONS + i]
-            logs[f"{prefix}rewards/{name}/mean"] = float(np.nanmean(given)) if not np.isnan(given).all() else 0.0
-        for name, logged in scored.metrics.items():
-            logs[f"{prefix}{name}"] = float(np.mean(logged))
-        return logs
 
     def _log_evaluate_save(self, logs: dict[str, float]) -> bool:
         """What the callbacks ask for after a step; True where a checkpoint was written."""
@@ -451,7 +426,7 @@ class ESSATrainer(Trainer):
             if np.isnan(rewards).all():
                 raise ValueError(f"Reward functions must reward some completion of {prefix[:-1]}, but all were None.")
             found = {f"{prefix}reward": float(np.nanmean(rewards)), f"{prefix}reward_std": float(np.nanstd(rewards))}
-            found |= self._describe(scored, prefix)
+            found |= describe(scored.values, self.rewards.names, scored.metrics, prefix)
             if self.args.kl_probe_prompts:
                 samples = self._start_samples(name, prompts, self.args.kl_probe_prompts, CALIBRATION_TOKENS)
                 found[f"{prefix}kl"] = float(mean_token_kl(self.model, self.space, x[None], *samples)[0])

@@ -129,3 +129,37 @@ class Scorer:
                 ids[i] = found.completion_ids[at]
             finished[places], failed[places] = found.finished, found.failed
         return Rollouts(ids, finished, failed)
+
+
+def candidate_fitness(values: np.ndarray, rows: Sequence[Row], population_size: int) -> np.ndarray:
+    """
+    Mean reward of each candidate, `[population_size]`; NaN where one of its rows failed or none was rewarded.
+
+    Raises:
+        ValueError: where rows did not fail and still nothing was rewarded: there is nothing to learn from.
+    """
+    candidate = np.array([row.candidate for row in rows])
+    reward, failed = values[:, REWARD], values[:, FAILED] > 0
+    if np.isnan(reward[~failed]).all() and not failed.all():
+        raise ValueError("Reward functions must reward some completion, but all of a generation's were None.")
+    fitness = np.full(population_size, np.nan)
+    for k in range(population_size):
+        own = candidate == k
+        if not failed[own].any() and not np.isnan(reward[own]).all():
+            fitness[k] = np.nanmean(reward[own])
+    return fitness
+
+
+def describe(
+    values: np.ndarray, functions: Sequence[str], metrics: dict[str, list[float]], prefix: str = ""
+) -> dict[str, float]:
+    """What the log says of rows, of a generation or an evaluation; a function that judged none is left out."""
+    logs = {
+        f"{prefix}completions/mean_length": float(values[:, TOKENS].mean()),
+        f"{prefix}completions/clipped_ratio": float(1 - values[:, FINISHED].mean()),
+    }
+    for i, name in enumerate(functions):
+        given = values[:, FUNCTIONS + i]
+        if not np.isnan(given).all():
+            logs[f"{prefix}rewards/{name}/mean"] = float(np.nanmean(given))
+    return logs | {f"{prefix}{name}": float(np.mean(logged)) for name, logged in metrics.items()}

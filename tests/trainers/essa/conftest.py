@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +62,35 @@ def prompts():
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run():
+    """`run(strategy, generations)`: with ties, lost candidates, generations that say nothing; gives the strategy."""
+
+    def go(strategy, generations):
+        """Noisy fitness with ties and lost candidates, and generations that say nothing; returns the strategy."""
+        for _ in range(generations):
+            rng = np.random.default_rng(strategy.generation)
+            costs = (np.logspace(0, 2, strategy.dim) * (strategy.ask() - 1) ** 2).sum(-1)
+            fitness = -np.round(costs + rng.normal(size=strategy.population_size))
+            if strategy.generation % 3 == 1:
+                fitness[rng.integers(strategy.population_size)] = np.nan
+            strategy.tell(np.zeros_like(fitness) if strategy.generation % 4 == 2 else fitness)
+        return strategy
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def assert_same():
+    """`assert_same(a, b, ignore=())`: two strategies are in one state, to the bit."""
+
+    def check(a, b, ignore=()):
+        (settings_a, arrays_a), (settings_b, arrays_b) = a.state_dict(), b.state_dict()
+        assert settings_a == settings_b
+        assert arrays_a.keys() == arrays_b.keys()
+        for key in arrays_a.keys() - set(ignore):
+            assert np.array_equal(arrays_a[key], arrays_b[key], equal_nan=True), key
+
+    return check

@@ -1,19 +1,15 @@
 """Strategies against cmaes step by step, closed forms on linear functions, invariances, and resume to the last bit."""
 
 import itertools
-import json
 import math
-import os
 import pickle
 import sys
-import time
 
 import cmaes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from safetensors.numpy import load_file, save_file
 
 from trainers.essa import FullCMAES, OpenAIES, RandomSearch, SepCMAES, Strategy, TooFewCandidates, make_strategy
 from trainers.essa.strategies import noise
@@ -40,25 +36,6 @@ def evaluations(strategy, cost, target, limit):
             return count
         strategy.tell(-costs)
     return math.inf
-
-
-def assert_same(a, b, ignore=()):
-    (settings_a, arrays_a), (settings_b, arrays_b) = a.state_dict(), b.state_dict()
-    assert settings_a == settings_b
-    assert arrays_a.keys() == arrays_b.keys()
-    for key in arrays_a.keys() - set(ignore):
-        assert np.array_equal(arrays_a[key], arrays_b[key], equal_nan=True), key
-
-
-def run(strategy, generations):
-    """Noisy fitness with ties and lost candidates, and generations that say nothing; returns the strategy."""
-    for _ in range(generations):
-        rng = np.random.default_rng(strategy.generation)
-        fitness = -np.round(ellipsoid(strategy.ask() - 1, 100) + rng.normal(size=strategy.population_size))
-        if strategy.generation % 3 == 1:
-            fitness[rng.integers(strategy.population_size)] = np.nan
-        strategy.tell(np.zeros_like(fitness) if strategy.generation % 4 == 2 else fitness)
-    return strategy
 
 
 def test_generation_and_index_are_the_upper_words_of_the_counter():
@@ -97,7 +74,7 @@ def test_a_candidate_is_its_row_of_ask_to_the_bit_in_a_worker_that_never_asks(na
 
 
 @each
-def test_a_generation_may_be_asked_for_again_with_half_the_step_size(name, tmp_path):
+def test_a_generation_may_be_asked_for_again_with_half_the_step_size(name, tmp_path, run, assert_same):
     strategy = run(make_strategy(name, 5, 8, 0.3, seed=0, mean=np.arange(5)), 3)
     middle = np.arange(5) if name == "random" else strategy.mean
     wide, mean = strategy.ask(), strategy.mean
@@ -120,7 +97,7 @@ def test_antithetic_partners_mirror_each_other_at_the_mean():
 
 
 @each
-def test_what_the_caller_holds_is_not_changed_and_changes_nothing(name):
+def test_what_the_caller_holds_is_not_changed_and_changes_nothing(name, assert_same):
     mean, fitness = np.ones(6), np.arange(8.0)
     strategy, other = make_strategy(name, 6, 8, 0.1, 0, mean), make_strategy(name, 6, 8, 0.1, 0, [1.0] * 6)
     strategy.ask()[:] = 0
@@ -269,7 +246,7 @@ def test_permuting_tied_candidates_changes_nothing(name, fitness, seed):
 
 
 @pytest.mark.parametrize("name", ["sep-cma", "openai-es", "cma"])
-def test_a_generation_of_equals_changes_nothing_but_the_noise(name):
+def test_a_generation_of_equals_changes_nothing_but_the_noise(name, run):
     strategy = run(make_strategy(name, 6, 8, 0.3, seed=1), 2)
     before, arrays = strategy.ask(), strategy.state_dict()[1]
     told = strategy.tell([0.25] * 7 + [math.nan])
@@ -287,7 +264,7 @@ def test_a_generation_of_equals_changes_nothing_but_the_noise(name):
 
 
 @each
-def test_too_many_lost_candidates_are_asked_for_again(name):
+def test_too_many_lost_candidates_are_asked_for_again(name, run, assert_same):
     strategy, other = (run(make_strategy(name, 4, 10, 0.3, seed=1), 2) for _ in range(2))
     fitness = -ellipsoid(strategy.ask())
     lost = fitness.copy()
@@ -400,7 +377,7 @@ def test_full_cma_draws_candidates_independently_in_many_dimensions_and_small_po
     assert np.abs(np.corrcoef(offsets) - np.eye(population)).max() < 5 / 300**0.5
 
 
-def test_full_cma_is_silent_writes_no_file_and_leaves_numpys_global_state(tmp_path, monkeypatch, capfd, recwarn):
+def test_full_cma_is_silent_writes_no_file_and_leaves_numpys_global_state(tmp_path, monkeypatch, capfd, recwarn, run):
     monkeypatch.chdir(tmp_path)
     before = np.random.get_state()[1].copy()
     run(FullCMAES(5, 12, 0.5, seed=0, min_population_fraction=0.5), 6).tell([*range(6), *[math.nan] * 6])
@@ -420,7 +397,7 @@ def test_full_cma_names_what_it_lacks(monkeypatch):
         make_strategy("cma", 10, 24, 0.1, 0)
 
 
-def test_a_state_that_another_pycma_would_not_have_reached_is_refused(tmp_path):
+def test_a_state_that_another_pycma_would_not_have_reached_is_refused(tmp_path, run):
     strategy = run(FullCMAES(5, 8, 0.5, seed=0), 5)
     settings_, arrays = strategy.state_dict()
     before = strategy.fingerprint()
@@ -440,7 +417,7 @@ def test_a_state_that_another_pycma_would_not_have_reached_is_refused(tmp_path):
     generations=some.lists(some.lists(some.integers(-6, 6), min_size=6, max_size=6), min_size=1, max_size=4),
     transform=some.sampled_from([lambda f: 3 * f - 40, lambda f: f**3, np.exp2, np.arctan]),
 )
-def test_only_the_order_of_fitness_counts(name, generations, transform):
+def test_only_the_order_of_fitness_counts(name, generations, transform, assert_same):
     strategy, transformed = make_strategy(name, 4, 6, 0.5, 1), make_strategy(name, 4, 6, 0.5, 1)
     for fitness in generations:
         strategy.tell(fitness)
@@ -468,144 +445,6 @@ def test_shifting_and_scaling_the_space_shifts_and_scales_the_search(name, gener
     assert moved.sigma / scale == strategy.sigma
     if name == "sep-cma":
         assert all(np.array_equal(getattr(moved, key), getattr(strategy, key)) for key in ("C", "p_sigma", "p_c"))
-
-
-@each
-def test_a_resumed_search_is_the_uninterrupted_one_to_the_bit(name, tmp_path):
-    whole = make_strategy(name, 6, 8, 0.4, seed=2**63, mean=np.linspace(0, 1, 6))
-    run(whole, 7).ask()
-    whole.save(tmp_path / "a" / "b")
-    resumed = Strategy.load(tmp_path / "a" / "b")
-    assert type(resumed) is type(whole)
-    assert resumed.fingerprint() == whole.fingerprint()
-    # another search's state is replaced entirely
-    other = run(make_strategy(name, 6, 8, 0.9, seed=2**63), 3)
-    other.load_state_dict(*whole.state_dict())
-    for strategy in (whole, resumed, other):
-        run(strategy, 9)
-    assert whole.generation == 16
-    assert_same(whole, resumed)
-    assert_same(whole, other)
-    assert np.array_equal(whole.ask(), resumed.ask())
-
-
-@each
-def test_a_saved_state_is_json_and_safetensors_and_needs_no_pickle(name, tmp_path, monkeypatch):
-    strategy = run(make_strategy(name, 5, 8, 0.4, seed=2**64 - 1), 4)
-    for module_, attribute in ((pickle, "loads"), (pickle, "dumps"), (pickle, "load"), (np, "load"), (np, "save")):
-        monkeypatch.setattr(module_, attribute, None)
-    strategy.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
-    saved = json.loads((tmp_path / "strategy.json").read_text())
-    assert saved["seed"] == 2**64 - 1
-    assert saved["generation"] == 4
-    assert np.array_equal(load_file(tmp_path / "strategy.safetensors")["mean"], strategy.mean)
-    assert_same(Strategy.load(tmp_path), strategy)
-
-
-def test_the_fingerprint_tells_workers_apart_by_one_bit_and_does_not_depend_on_who_asked():
-    strategy, same = (run(SepCMAES(5, 6, 0.4, seed=0), 3) for _ in range(2))
-    strategy.ask()
-    assert strategy.fingerprint() == same.fingerprint()
-    found = {strategy.fingerprint()}
-    for key in ("mean", "C", "p_sigma", "p_c"):
-        array = getattr(strategy, key)
-        setattr(strategy, key, np.nextafter(array, np.inf))
-        found.add(strategy.fingerprint())
-        setattr(strategy, key, array)
-    strategy.sigma = math.nextafter(strategy.sigma, 1)
-    found.add(strategy.fingerprint())
-    strategy.generation += 1
-    found.add(strategy.fingerprint())
-    assert len(found) == 7
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "said"),
-    [
-        ("random", {}, "`name` 'openai-es', got 'random'"),
-        ("openai-es", {"dim": 6}, "`dim` 5, got 6"),
-        ("openai-es", {"population_size": 10}, "`population_size` 8, got 10"),
-        ("openai-es", {"seed": 4}, "`seed` 3, got 4"),
-        ("openai-es", {"momentum": 0.5}, "`momentum` 0.0, got 0.5"),
-    ],
-)
-def test_the_state_of_another_search_is_refused_with_both_values(name, options, said, tmp_path):
-    strategy = run(OpenAIES(5, 8, 0.4, seed=3), 3)
-    before = strategy.fingerprint()
-    arguments = {"name": name, "dim": 5, "population_size": 8, "sigma": 0.4, "seed": 3, **options}
-    other = run(make_strategy(**arguments), 3)
-    with pytest.raises(ValueError, match=f"{said}.*Start anew"):
-        strategy.load_state_dict(*other.state_dict())
-    assert strategy.fingerprint() == before
-    if name == "random":
-        other.save(tmp_path)
-        with pytest.raises(ValueError, match="strategy.json must hold .*'openai-es', got 'random'"):
-            OpenAIES.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda s, a: s.pop("generation"), "The state must hold"),
-        (lambda s, a: a.pop("C"), "The state must hold"),
-        (lambda s, a: s.update(generation=-1), "`generation` must be in"),
-        (lambda s, a: s.update(sigma=math.nan), "`sigma` must be in"),
-        (lambda s, a: a.update(C=a["C"][:-1]), r"'C' as float64 of shape \(5,\)"),
-        (lambda s, a: a.update(C=a["C"].astype(np.float32)), "got float32"),
-        (lambda s, a: a.update(p_c=a["p_c"] * math.nan), "without NaN"),
-    ],
-)
-def test_a_broken_state_is_refused_and_changes_nothing(change, said):
-    strategy = run(SepCMAES(5, 6, 0.4, seed=3), 3)
-    before, (settings_, arrays) = strategy.fingerprint(), run(SepCMAES(5, 6, 0.4, seed=3), 5).state_dict()
-    change(settings_, arrays)
-    with pytest.raises(ValueError, match=said):
-        strategy.load_state_dict(settings_, arrays)
-    assert strategy.fingerprint() == before
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_truncated_and_foreign_files_are_refused_by_name(file, tmp_path):
-    run(SepCMAES(5, 6, 0.4, seed=3), 3).save(tmp_path)
-    path = tmp_path / file
-    whole = path.read_bytes()
-    middle = len(whole) // 2
-    shorter = (whole[:7], whole[:middle], whole[:-2], whole[:middle] + whole[middle + 1 :])
-    for content in (b"", b"\x80", b"[1]", b"{}", *shorter):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=file.replace(".", r"\.")):
-            Strategy.load(tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=file):
-        Strategy.load(tmp_path)
-
-
-def test_files_of_two_saves_or_of_another_program_are_refused(tmp_path):
-    strategy = run(SepCMAES(5, 6, 0.4, seed=3), 3)
-    strategy.save(tmp_path / "a")
-    run(strategy, 2).save(tmp_path / "b")
-    os.replace(tmp_path / "b" / FILES[1], tmp_path / "a" / FILES[1])
-    with pytest.raises(ValueError, match="must be of one save"):
-        Strategy.load(tmp_path / "a")
-    save_file({"weight": np.ones(3, dtype=np.float16)}, tmp_path / "a" / FILES[1])
-    with pytest.raises(ValueError, match="must be of one save"):
-        Strategy.load(tmp_path / "a")
-
-
-def test_a_save_that_fails_leaves_the_earlier_one_and_no_remains(tmp_path, monkeypatch):
-    strategy = run(SepCMAES(5, 6, 0.4, seed=3), 3)
-    strategy.save(tmp_path)
-    before = strategy.fingerprint()
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(strategy, 1).save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
-    assert Strategy.load(tmp_path).fingerprint() == before
 
 
 @pytest.mark.parametrize(
@@ -663,7 +502,7 @@ def test_bad_arguments_are_refused_by_name_and_value(change, error, said):
         (["1"] * 8, TypeError, "`fitness` must be numbers"),
     ],
 )
-def test_bad_fitness_is_refused_and_changes_nothing(name, fitness, error, said):
+def test_bad_fitness_is_refused_and_changes_nothing(name, fitness, error, said, run, assert_same):
     strategy, other = (run(make_strategy(name, 4, 8, 0.3, seed=1), 2) for _ in range(2))
     with pytest.raises(error, match=said):
         strategy.tell(fitness)
@@ -674,20 +513,6 @@ def test_bad_fitness_is_refused_and_changes_nothing(name, fitness, error, said):
 def test_a_candidate_that_does_not_exist_is_refused(index):
     with pytest.raises(ValueError, match=rf"`index` must be in \[0, 5\], got {index}"):
         SepCMAES(4, 6, 0.3, seed=1).candidate(index)
-
-
-def test_a_generation_costs_little_more_than_its_noise():
-    strategy, rng = SepCMAES(10_000, 64, 0.1, seed=0), np.random.Generator(np.random.Philox(0))
-
-    def seconds(action):
-        start = time.process_time()
-        action()
-        return time.process_time() - start
-
-    drawing = min(seconds(lambda: rng.standard_normal((64, 10_000))) for _ in range(5))
-    telling = min(seconds(lambda: strategy.tell(strategy.ask()[:, 0])) for _ in range(5))
-    # 1.5 was seen; Python work for each number, or a matrix of dim^2, would be far above
-    assert telling < 3 * drawing
 
 
 def test_importing_strategies_loads_neither_torch_nor_pycma(run_python):
