@@ -1,7 +1,7 @@
 """`python -m trainers essa --config run.yaml`; ready files lie in `trainers/essa/configs`.
 
-    python -m trainers sft --config trainers/essa/configs/stories_sft.yaml      # a LoRA to start from
-    python -m trainers essa --config trainers/essa/configs/stories_essa.yaml
+    python -m trainers sft --config trainers/essa/configs/smollm2_capitals_sft.yaml   # a LoRA to start from
+    python -m trainers essa --config trainers/essa/configs/smollm2_capitals_essa.yaml
 
 Options are those of [`ESSAConfig`] and of TRL's `ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, `lora_r`,
 `load_in_8bit`, ...), and those below.
@@ -88,6 +88,7 @@ def main(argv: list[str]) -> None:
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=resume.lower() == "true" or resume if resume else None)
     trainer.save_model()
+    trainer.create_model_card(dataset_name=script.dataset_name)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
 
@@ -131,18 +132,27 @@ def reward_function(name: str) -> Any:
     raise ValueError(f"`reward_funcs` must be of {', '.join(names)}, or a reward model's id or folder, got {name!r}.")
 
 
+def task_rows(task: str, held_out: bool, most: int | None) -> list[dict[str, Any]]:
+    """At most 100 rows to evaluate on, or 1000 to learn from (or `most`), among which none of those 100 is."""
+    make = TASKS[task][0]
+    if task == "word_problems":  # has operand pairs of its own to evaluate on
+        return make(most or (100 if held_out else 1000), seed=0, split="held_out" if held_out else "train")
+    asked = make(100, seed=10_000)
+    if held_out:
+        return asked[:most]
+    questions = {row["prompt"][-1]["content"] for row in asked}
+    return [row for row in make(2000, seed=0) if row["prompt"][-1]["content"] not in questions][: most or 1000]
+
+
 def read(script: ESSAScriptArguments, name: str, split: str, most: int | None) -> Any:
-    """A data set with a column `prompt`; of a task 1000 rows, or 200 held-out ones of another seed to evaluate."""
+    """A data set with a column `prompt`, of a task, a file or the Hub."""
     from datasets import Dataset, load_dataset
 
     if name.startswith("tasks:"):
         task = name.removeprefix("tasks:")
         if task not in TASKS:
             raise ValueError(f"`dataset_name` must be one of {', '.join(f'tasks:{t}' for t in TASKS)}, got {name!r}.")
-        held_out = split == script.dataset_test_split
-        options = {"split": "held_out" if held_out else "train"} if task == "word_problems" else {}
-        rows = TASKS[task][0](most or (200 if held_out else 1000), seed=10_000 if held_out else 0, **options)
-        return Dataset.from_list(rows)
+        return Dataset.from_list(task_rows(task, split == script.dataset_test_split, most))
     kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(name)
     kind = next((kinds[suffix] for suffix in path.suffixes if suffix in kinds), None)

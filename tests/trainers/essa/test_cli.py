@@ -60,8 +60,18 @@ def test_two_commands_lead_from_a_plain_model_to_a_searched_adapter(model, data,
     assert main([*run, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
     state = json.loads((tmp_path / "essa" / "checkpoint-3" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2, 3]
+    assert "| population_size | 4 |" in (tmp_path / "essa" / "README.md").read_text()
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "essa")
     assert isinstance(found(torch.tensor([[5, 6]])).logits, torch.Tensor)
+
+
+@pytest.mark.parametrize("task", ["capitals", "json_sum", "word_problems"])
+def test_a_task_is_evaluated_on_questions_that_no_search_saw(task):
+    from trainers.essa.cli import task_rows
+
+    train, asked = ({row["prompt"][-1]["content"] for row in task_rows(task, side, None)} for side in (False, True))
+    assert not train & asked and len(train) > 100 and len(asked) > 50
+    assert len(task_rows(task, False, 7)) == len(task_rows(task, True, 7)) == 7
 
 
 @pytest.mark.parametrize(
