@@ -46,7 +46,7 @@ SHAPE = {
     # at 0.02 queries and keys are so small at this width that a thousand steps pass before names are copied
     "initializer_range": 0.08,
 }
-VOCABULARY, LENGTH, BATCH = 768, 256, 4
+VOCABULARY, LENGTH, BATCH = 1024, 256, 4
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -56,7 +56,8 @@ TEMPLATE = (
 SIZES = {"smoke": (12, 8), "small": (12_000, 200), "full": (80_000, 1000)}
 # metric, split of the operand pairs, kind of the problem
 ASKED = (("word_problems", "held_out", "word"), ("word_problems_seen", "train", "word"), ("sums", "held_out", "sum"))
-LEARNING_RATE, WEIGHT_DECAY, HELD_OUT_SEED = 2e-3, 0.1, 10_000
+# 2e-3, 4e-3 and 5e-4 learned slower over the first 1,200 steps
+LEARNING_RATE, WEIGHT_DECAY, HELD_OUT_SEED = 1e-3, 0.1, 10_000
 
 
 def cells(options: Options) -> list[Cell]:
@@ -74,7 +75,8 @@ def prepare(options: Options, folder: Path) -> dict[str, Any]:
 
     if not (folder / "tokenizer.json").is_file():
         rng = random.Random(HELD_OUT_SEED + 1)
-        texts = ["\n".join(message["content"] for message in chat(rng)) for _ in range(4000)]
+        # with the roles, so that "user" and "assistant" are tokens too
+        texts = ["\n".join(part for turn in chat(rng) for part in turn.values()) for _ in range(4000)]
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=train_bpe(texts, VOCABULARY, [PAD, START, END]),
             pad_token=PAD,
@@ -132,6 +134,11 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     kind = (LlamaConfig, LlamaForCausalLM) if cell.arm == "llama" else (LimeConfig, LimeForCausalLM)
     model = kind[1](kind[0](vocab_size=len(tokenizer), **SHAPE, **tokens))
+    with torch.no_grad():  # else what layers write at first drowns the embeddings, and nothing is copied for long
+        model.model.embed_tokens.weight.mul_(3)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     held_out = stories_of(tokenizer, items, HELD_OUT_SEED)
     log, speed = fit(
         model,
