@@ -1,3 +1,13 @@
 """Training methods, and the recipes that measure them; each method is a sub-package of its own."""
 
-__all__: list[str] = []
+from typing import TYPE_CHECKING
+
+from hf_ext._lazy import attach
+
+
+if TYPE_CHECKING:
+    from trainers.essa import ESSAConfig, ESSATrainer
+
+__getattr__, __dir__, __all__ = attach(
+    __name__, {"ESSAConfig": "trainers.essa.essa_config", "ESSATrainer": "trainers.essa.essa_trainer"}
+)
