@@ -1,17 +1,18 @@
 """hf_ext: ten research systems as everyday Hugging Face citizens.
 
 - Importing this package costs milliseconds and loads no torch: public names are resolved on first use.
-- Importing it makes our models known to transformers' Auto classes, whichever of the two is imported first.
+- Importing it makes our models known to transformers' Auto classes, and our adapter to PEFT, whoever is imported first.
 """
 
 from typing import TYPE_CHECKING
 
 from hf_ext._lazy import attach
-from hf_ext._registration import register_models
+from hf_ext._registration import register_adapters, register_models
 
 
 if TYPE_CHECKING:
     from hf_ext.lime import LimeConfig, LimeForCausalLM, LimeModel, lime_param_groups
+    from hf_ext.steering import SteeringConfig, SteeringLayer, SteeringModel
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -19,8 +20,12 @@ __getattr__, __dir__, __all__ = attach(
         "LimeConfig": "hf_ext.lime",
         "LimeForCausalLM": "hf_ext.lime",
         "LimeModel": "hf_ext.lime",
+        "SteeringConfig": "hf_ext.steering",
+        "SteeringLayer": "hf_ext.steering",
+        "SteeringModel": "hf_ext.steering",
         "lime_param_groups": "hf_ext.lime",
     },
 )
 
 register_models()
+register_adapters()

@@ -1,9 +1,10 @@
-"""Make our classes known to transformers without importing it.
+"""Make our classes known to transformers and PEFT without importing them.
 
-transformers reads no entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds),
+Neither reads entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds),
 so each registry is filled right after its own module has been executed. The registry of model classes is often run
 amid another import (transformers.modeling_layers imports it before it has defined what our models need), so our models
-are not imported then: they are named, and found by transformers' own lazy look-up when one is asked for.
+are not imported then: they are named, and found by transformers' own lazy look-up when one is asked for. PEFT looks
+classes up in plain dictionaries, so they are put there once both PEFT and they have been executed, in either order.
 """
 
 import importlib
@@ -30,9 +31,14 @@ MODELS = [
 ]
 
 
+# whichever of these is executed last, PEFT's dictionaries are filled after it
+STEERING = ("peft", "hf_ext.steering.config", "hf_ext.steering.layer", "hf_ext.steering.model")
+_seen_to_end: set[str] = set()
+
+
 def _executed(name: str) -> bool:
     module = sys.modules.get(name)
-    return module is not None and not getattr(module.__spec__, "_initializing", False)
+    return module is not None and (name in _seen_to_end or not getattr(module.__spec__, "_initializing", False))
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
@@ -58,6 +64,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                _seen_to_end.add(name)
                 sys.meta_path.remove(self)  # not before: others look a module up without executing it
                 action()
 
@@ -85,6 +92,19 @@ def _add_classes() -> None:
             mapping._reverse_config_mapping[entry.config] = entry.model_type
             mapping._model_mapping[entry.model_type] = model
             mapping._modules[entry.model_type] = importlib.import_module(entry.package)  # lazy: loads no model
+
+
+def _add_adapter() -> None:
+    registration = "hf_ext.steering.registration"
+    half_way = [name for name in (*STEERING, registration) if name in sys.modules and not _executed(name)]
+    if "peft" in sys.modules and not half_way:
+        importlib.import_module(registration).register()
+
+
+def register_adapters() -> None:
+    """Register the steering adapter with PEFT, now or when PEFT is loaded."""
+    for name in STEERING:
+        when_imported(name, _add_adapter)
 
 
 def register_models() -> None:

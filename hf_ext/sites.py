@@ -33,11 +33,15 @@ class Family(NamedTuple):
         layers (`str`): The list of layers.
         final_norm (`str`): The norm between the last layer and the head.
         sites (`dict[str, tuple[str, str]]`): Site -> (module within a layer, `""` for the layer itself; `io`).
+        mlp_end (`str`): The module within a layer that ends the MLP's branch: a constant added to its output is added
+            to the stream (before a dropout, if there is one). A linear map with a place for a bias, where the family
+            ends in one; the norm after it in post-norm families; the whole block where experts are mixed.
     """
 
     layers: str
     final_norm: str
     sites: dict[str, tuple[str, str]]
+    mlp_end: str
 
 
 LLAMA = Family(
@@ -54,8 +58,25 @@ LLAMA = Family(
         "v": ("self_attn.v_proj", "output"),
         "z": ("self_attn.o_proj", "input"),
     },
+    mlp_end="mlp.down_proj",
 )
-# q, k and v leave one fused projection here, so they are nobody's input or output
+MOE = LLAMA._replace(mlp_end="mlp")
+# a norm stands between each branch and the stream
+_POST_NORM = {
+    "attn_out": ("post_attention_layernorm", "output"),
+    "mlp_out": ("post_feedforward_layernorm", "output"),
+}
+GEMMA = LLAMA._replace(
+    sites=LLAMA.sites | _POST_NORM | {"resid_mid": ("pre_feedforward_layernorm", "input")},
+    mlp_end="post_feedforward_layernorm",
+)
+# the branches read the stream itself, without a norm
+OLMO2 = GEMMA._replace(sites=GEMMA.sites | {"resid_mid": ("mlp", "input")})
+# where q, k and v leave one fused projection, they are nobody's input or output
+PHI3 = LLAMA._replace(
+    sites={site: place for site, place in LLAMA.sites.items() if site not in ("q", "k", "v")}
+    | {"attn_out": ("resid_attn_dropout", "output"), "mlp_out": ("resid_mlp_dropout", "output")}
+)
 GPT2 = Family(
     layers="h",
     final_norm="ln_f",
@@ -67,8 +88,46 @@ GPT2 = Family(
         "mlp_out": ("mlp", "output"),
         "z": ("attn.c_proj", "input"),
     },
+    mlp_end="mlp.c_proj",
 )
-FAMILIES = {"gpt2": GPT2, "lime": LLAMA, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+# attention and MLP read the same stream (use_parallel_residual): there is no place between them
+GPT_NEOX = Family(
+    layers="layers",
+    final_norm="final_layer_norm",
+    sites={
+        "resid_pre": ("", "input"),
+        "resid_post": ("", "output"),
+        "attn_out": ("post_attention_dropout", "output"),
+        "mlp_out": ("post_mlp_dropout", "output"),
+        "z": ("attention.dense", "input"),
+    },
+    mlp_end="mlp.dense_4h_to_h",
+)
+
+
+def _text_tower(family: Family) -> Family:
+    """The language model inside a vision-language model."""
+    return family._replace(layers=f"language_model.{family.layers}", final_norm=f"language_model.{family.final_norm}")
+
+
+FAMILIES = {
+    "gemma2": GEMMA,
+    "gemma3": _text_tower(GEMMA),
+    "gemma3_text": GEMMA,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "lime": LLAMA,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": MOE,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
+    "qwen2": LLAMA,
+    "qwen2_5_vl": _text_tower(LLAMA),
+    "qwen2_5_vl_text": LLAMA,
+    "qwen3": LLAMA,
+    "qwen3_moe": MOE,
+}
 SITES = tuple(LLAMA.sites)
 
 
@@ -163,7 +222,7 @@ def unwrap(model: Any) -> Any:
 
 
 def reads_stream(model: nn.Module, hook: Hook) -> bool:
-    """Whether `hook` is the input of the norm in the middle of a layer: the residual path holds the same tensor."""
+    """Whether `hook` is the input of what reads the stream in mid-layer: the residual path holds the same tensor."""
     if _model_type(model) not in FAMILIES:
         return False
     family, prefix, num_layers = anatomy(model)

@@ -97,9 +97,16 @@ def logit_lens(
         with record(model, hooks) as streams:
             logits = model(**_inputs(input_ids, attention_mask), use_cache=False).logits.float()
         final, target = _Final(logits.log_softmax(-1), logits.softmax(-1)), logits.argmax(-1)
-        views = [_view(head(norm(streams[str(row)][0])), final, target, top_k) for row in rows]
+        views = [_view(_logits(model, head, norm(streams[str(row)][0])), final, target, top_k) for row in rows]
     columns = (torch.stack(column) for column in zip(*views, strict=True))
     return LensOutput(rows, target_ids=target, **dict(zip(_View._fields, columns, strict=True)))
+
+
+def _logits(model: nn.Module, head: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+    """The head, and Gemma's cap on what it says: cap * tanh(logits / cap), in the model's own steps."""
+    logits = head(normed)
+    cap = getattr(unwrap(model).config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _View(NamedTuple):

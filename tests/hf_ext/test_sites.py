@@ -9,35 +9,31 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from hf_ext.record import record
-from hf_ext.sites import FAMILIES, SITES, Hook, resolve
+from hf_ext.record import edit, record
+from hf_ext.sites import FAMILIES, SITES, Hook, anatomy, resolve
 
 
 LAYERS = 3
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-GPT2_SHAPE = {"vocab_size": 61, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
 IDS = torch.randint(0, 61, (2, 7), generator=torch.Generator().manual_seed(1))
+# the table has no place between two branches that read the same stream
+SEQUENTIAL = [name for name, family in FAMILIES.items() if "resid_mid" in family.sites]
+POST_NORM = ("gemma2", "gemma3", "gemma3_text", "olmo2")
+SEPARATE = [name for name, family in FAMILIES.items() if "q" in family.sites]
 
 
-@functools.cache
-def make(model_type: str) -> transformers.PreTrainedModel:
-    """A tiny model of the real class whose every parameter, biases and norms too, is random."""
-    extra = {"head_dim": 16} if model_type == "qwen3" else {}
-    config = transformers.AutoConfig.for_model(model_type, **(GPT2_SHAPE if model_type == "gpt2" else SHAPE | extra))
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+@pytest.fixture(scope="module")
+def make(tiny_model):
+    return functools.cache(tiny_model)
+
+
+def blocks(model):
+    """The layers of the language model, and the norm after the last one, found without the table."""
+    base = getattr(model, model.base_model_prefix, model)
+    base = getattr(base, "language_model", base)
+    names = next(
+        pair for pair in [("h", "ln_f"), ("layers", "final_layer_norm"), ("layers", "norm")] if hasattr(base, pair[1])
+    )
+    return [getattr(base, name) for name in names]
 
 
 def activations(model: nn.Module, sites: tuple[str, ...] | None = None, **kwargs):
@@ -50,7 +46,7 @@ def activations(model: nn.Module, sites: tuple[str, ...] | None = None, **kwargs
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_residual_stream_is_bit_equal_to_output_hidden_states(model_type):
+def test_residual_stream_is_bit_equal_to_output_hidden_states(model_type, make):
     model = make(model_type)
     acts, output = activations(model, ("resid_pre", "resid_post"), output_hidden_states=True)
     assert len(output.hidden_states) == LAYERS + 1
@@ -58,33 +54,61 @@ def test_residual_stream_is_bit_equal_to_output_hidden_states(model_type):
         assert torch.equal(acts["resid_pre"][layer], output.hidden_states[layer])
     for layer in range(LAYERS - 1):
         assert torch.equal(acts["resid_post"][layer], output.hidden_states[layer + 1])
-    norm = model.base_model.ln_f if model_type == "gpt2" else model.base_model.norm
+    _, norm = blocks(model)
     assert torch.equal(norm(acts["resid_post"][-1]), output.hidden_states[-1])
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_stream_is_exactly_the_sum_of_what_attention_and_mlp_add(model_type):
+@pytest.mark.parametrize("model_type", SEQUENTIAL)
+def test_stream_is_exactly_the_sum_of_what_attention_and_mlp_add(model_type, make):
     acts, _ = activations(make(model_type))
     for layer in range(LAYERS):
         assert torch.equal(acts["resid_mid"][layer], acts["resid_pre"][layer] + acts["attn_out"][layer])
         assert torch.equal(acts["resid_post"][layer], acts["resid_mid"][layer] + acts["mlp_out"][layer])
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "gpt2"])
-def test_projections_are_linear_maps_of_the_normed_stream(model_type):
+def test_parallel_branches_add_to_the_stream_that_both_read(make):
+    acts, _ = activations(make("gpt_neox"))
+    for layer in range(LAYERS):
+        # in the model's own order of additions
+        total = acts["mlp_out"][layer] + acts["attn_out"][layer] + acts["resid_pre"][layer]
+        assert torch.equal(acts["resid_post"][layer], total)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_constant_added_where_the_mlp_ends_is_added_to_the_stream(model_type, make):
+    model = make(model_type)
+    family, prefix, _ = anatomy(model)
+    shift = torch.linspace(-1, 1, 32)
+    place = Hook(f"{prefix}{family.layers}.1.{family.mlp_end}", "output")
+    with torch.no_grad():
+        before = model(IDS, output_hidden_states=True).hidden_states
+        with edit(model, {"end": place}, lambda name, hidden, step: hidden + shift):
+            after = model(IDS, output_hidden_states=True).hidden_states
+    assert torch.equal(after[1], before[1])
+    # float32: the sums differ by a rounding of numbers up to about 10
+    torch.testing.assert_close(after[2], before[2] + shift, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", SEPARATE)
+def test_projections_are_linear_maps_of_what_attention_reads(model_type, make):
     model = make(model_type)
     acts, _ = activations(model)
-    for layer, module in enumerate(model.model.layers):
-        attn, normed = module.self_attn, module.input_layernorm(acts["resid_pre"][layer])
+    layers, _ = blocks(model)
+    for layer, module in enumerate(layers):
+        attn, stream = module.self_attn, acts["resid_pre"][layer]
+        normed = stream if model_type == "olmo2" else module.input_layernorm(stream)
         for site in ("q", "k", "v"):
             projection = getattr(attn, f"{site}_proj")
             assert torch.equal(acts[site][layer], F.linear(normed, projection.weight, projection.bias))
         assert acts["q"][layer].shape[-1] == 4 * attn.head_dim
         assert acts["k"][layer].shape[-1] == acts["v"][layer].shape[-1] == 2 * attn.head_dim
-        assert torch.equal(acts["attn_out"][layer], F.linear(acts["z"][layer], attn.o_proj.weight, attn.o_proj.bias))
+        added = F.linear(acts["z"][layer], attn.o_proj.weight, attn.o_proj.bias)
+        if model_type in POST_NORM:
+            added = module.post_attention_layernorm(added)
+        assert torch.equal(acts["attn_out"][layer], added)
 
 
-def test_gpt2_z_is_what_the_output_projection_reads():
+def test_gpt2_z_is_what_the_output_projection_reads(make):
     model = make("gpt2")
     acts, _ = activations(model)
     for layer, block in enumerate(model.transformer.h):
@@ -93,7 +117,7 @@ def test_gpt2_z_is_what_the_output_projection_reads():
         assert torch.equal(acts["attn_out"][layer], expected)
 
 
-def test_z_holds_each_head_attending_over_v():
+def test_z_holds_each_head_attending_over_v(make):
     # one token attends to itself alone, so z is v, each value head repeated for its two query heads
     model = make("llama")
     hooks = {site: resolve(model, site, 1) for site in ("v", "z")}
@@ -109,24 +133,26 @@ def test_z_holds_each_head_attending_over_v():
         ("llama", "z", Hook("model.layers.1.self_attn.o_proj", "input")),
         ("lime", "resid_mid", Hook("model.layers.1.post_attention_layernorm", "input")),
         ("gpt2", "mlp_out", Hook("transformer.h.1.mlp", "output")),
+        ("gemma2", "mlp_out", Hook("model.layers.1.post_feedforward_layernorm", "output")),
+        ("qwen2_5_vl", "resid_post", Hook("model.language_model.layers.1", "output")),
     ],
 )
-def test_paths_start_at_the_model_handed_in(model_type, site, expected):
+def test_paths_start_at_the_model_handed_in(model_type, site, expected, make):
     model = make(model_type)
     assert resolve(model, site, 1) == expected
     base = expected.path.split(".", 1)[1]
     assert resolve(model.base_model, site, 1) == Hook(base, expected.io)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "lime"])
-def test_base_model_records_what_the_causal_lm_records(model_type):
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "lime", "gpt_neox", "gemma3"])
+def test_base_model_records_what_the_causal_lm_records(model_type, make):
     whole, _ = activations(make(model_type))
     base, _ = activations(make(model_type).base_model)
     for site, tensors in whole.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, base[site], strict=True)), site
 
 
-def test_peft_wrapper_records_what_the_plain_model_records():
+def test_peft_wrapper_records_what_the_plain_model_records(make):
     import peft
 
     plain, _ = activations(make("llama"))
@@ -140,33 +166,36 @@ def test_peft_wrapper_records_what_the_plain_model_records():
         assert all(torch.equal(a, b) for a, b in zip(tensors, acts[site], strict=True)), site
 
 
-def test_negative_layers_count_from_the_end():
+def test_negative_layers_count_from_the_end(make):
     model = make("llama")
     assert resolve(model, "q", -1) == resolve(model, "q", LAYERS - 1)
     assert resolve(model, "q", -LAYERS) == resolve(model, "q", 0)
 
 
 @pytest.mark.parametrize("layer", [LAYERS, -LAYERS - 1])
-def test_layer_out_of_range_names_the_range(layer):
+def test_layer_out_of_range_names_the_range(layer, make):
     with pytest.raises(ValueError, match=re.escape(f"`layer` must be in [-3, 2], got {layer}")):
         resolve(make("llama"), "q", layer)
 
 
 @pytest.mark.parametrize("layer", [1.0, "1", None])
-def test_layer_that_is_no_integer_is_a_type_error(layer):
+def test_layer_that_is_no_integer_is_a_type_error(layer, make):
     with pytest.raises(TypeError, match="`layer` must be an integer"):
         resolve(make("llama"), "q", layer)
 
 
-def test_unknown_site_lists_those_the_family_has():
+def test_unknown_site_lists_those_the_family_has(make):
     with pytest.raises(ValueError, match="`site` must be one of resid_pre, .*, z; got 'residual'"):
         resolve(make("llama"), "residual", 0)
 
 
-@pytest.mark.parametrize("site", ["q", "k", "v"])
-def test_site_that_gpt2_lacks_lists_those_it_has(site):
-    with pytest.raises(ValueError, match=f"one of resid_pre, .*, z; gpt2 lacks '{site}'"):
-        resolve(make("gpt2"), site, 0)
+@pytest.mark.parametrize(
+    ("model_type", "site"),
+    [("gpt2", "q"), ("gpt2", "k"), ("gpt2", "v"), ("phi3", "q"), ("gpt_neox", "v"), ("gpt_neox", "resid_mid")],
+)
+def test_site_that_a_family_lacks_lists_those_it_has(model_type, site, make):
+    with pytest.raises(ValueError, match=f"one of resid_pre, .*, z; {model_type} lacks '{site}'"):
+        resolve(make(model_type), site, 0)
 
 
 def test_unknown_architecture_says_how_to_pass_a_path():

@@ -41,7 +41,7 @@ def make(model_type: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", [*MODELS, "gemma2", "gpt_neox"])
 def test_last_row_is_the_models_own_output_to_the_last_bit(model_type, dtype):
     model = copy.deepcopy(make(model_type)).to(dtype)
     out = logit_lens(model, IDS, top_k=4)
