@@ -30,10 +30,10 @@ def test_ready_files_hold_options_that_exist_and_names_that_are_known(config):
     from trl import ModelConfig, SFTConfig, TrlParser
 
     from trainers.essa import ESSAConfig
-    from trainers.essa.cli import ESSAScriptArguments, reward_function
+    from trainers.script import ScriptArguments, reward_function
 
     kind = SFTConfig if config.stem.endswith("_sft") else ESSAConfig
-    script, args, named = TrlParser((ESSAScriptArguments, kind, ModelConfig)).parse_args_and_config(
+    script, args, named = TrlParser((ScriptArguments, kind, ModelConfig)).parse_args_and_config(
         ["--config", str(config), "--output_dir", "out", "--use_cpu", "true", "--bf16", "false"]
     )
     assert all(callable(reward_function(name)) for name in script.reward_funcs)
@@ -67,7 +67,7 @@ def test_two_commands_lead_from_a_plain_model_to_a_searched_adapter(model, data,
 
 @pytest.mark.parametrize("task", ["capitals", "json_sum", "word_problems"])
 def test_a_task_is_evaluated_on_questions_that_no_search_saw(task):
-    from trainers.essa.cli import task_rows
+    from trainers.script import task_rows
 
     train, asked = ({row["prompt"][-1]["content"] for row in task_rows(task, side, None)} for side in (False, True))
     assert not train & asked and len(train) > 100 and len(asked) > 50

@@ -1,6 +1,6 @@
 """`python -m trainers sft --config run.yaml`: the LoRA that a search starts from, by TRL's SFTTrainer.
 
-Options are those of TRL's `SFTConfig` and `ModelConfig`, and the data options of `python -m trainers essa`. Prompts
+Options are those of TRL's `SFTConfig` and `ModelConfig`, and the data options of `trainers.script`. Prompts
 come from `prompt_column`, the answers to learn from `completion_column`.
 """
 
@@ -15,9 +15,9 @@ def main(argv: list[str]) -> None:
         raise ImportError(f'The command line needs TRL: pip install "hf_ext[trainers]" ({error}).') from error
     from transformers import AutoTokenizer
 
-    from trainers.essa.cli import ESSAScriptArguments, model_path, read
+    from trainers.script import ScriptArguments, model_path, read
 
-    script, args, named = TrlParser((ESSAScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(argv)
+    script, args, named = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(argv)
     if not named.use_peft:
         raise ValueError("`use_peft` must be true: ESSA searches a LoRA. Set lora_r and lora_target_modules too.")
     data = read(script, script.dataset_name, script.dataset_train_split, script.max_train_samples)
