@@ -7,7 +7,14 @@ from hf_ext._lazy import attach
 
 if TYPE_CHECKING:
     from trainers.essa import ESSAConfig, ESSATrainer
+    from trainers.steering_rl import SteeringRLConfig, SteeringRLTrainer
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, {"ESSAConfig": "trainers.essa.essa_config", "ESSATrainer": "trainers.essa.essa_trainer"}
+    __name__,
+    {
+        "ESSAConfig": "trainers.essa.essa_config",
+        "ESSATrainer": "trainers.essa.essa_trainer",
+        "SteeringRLConfig": "trainers.steering_rl.steering_rl_config",
+        "SteeringRLTrainer": "trainers.steering_rl.steering_rl_trainer",
+    },
 )
