@@ -15,7 +15,7 @@ _TEMPLATE = """---
 
 # {{ name }}
 
-{{ count }} steering vectors of {{ width }} numbers each, added to the residual stream of {{ base or "their base model" }},
+{{ count }} steering vectors of {{ width }} numbers each, added within {{ base or "their base model" }},
 which stays as it is; trained by reinforcement learning ([arXiv 2505.18706](https://arxiv.org/abs/2505.18706)).
 
 ```python
@@ -28,8 +28,8 @@ model = AutoPeftModelForCausalLM.from_pretrained(repo)
 tokenizer = AutoTokenizer.from_pretrained(repo)
 ```
 
-Where hf_ext is not installed, PEFT does not know the type STEERING. `hf_ext.steering` exports the vectors in forms that
-need nothing of ours.
+Where hf_ext is not installed, PEFT does not know the type STEERING. `hf_ext.steering` exports the vectors in forms
+that need nothing of ours.
 
 ## Training
 
@@ -50,8 +50,8 @@ stream.
 
 ## Limits
 
-Measured by its own reward functions alone, in one run: what else has changed is not known. Part of a gain at temperature
-1 is a sharper distribution: compare greedy answers too.
+Measured by its own reward functions alone, in one run: what else has changed is not known. Part of a gain at
+temperature 1 is a sharper distribution: compare greedy answers too.
 
 ## Citation
 
@@ -66,7 +66,7 @@ Measured by its own reward functions alone, in one run: what else has changed is
 """
 
 
-def steering_card(trainer: Any, name: str | None = None, dataset: str | None = None, tags: Any = None) -> ModelCard:
+def steering_card(trainer: Any, name: str, dataset: str | None = None, tags: Any = None) -> ModelCard:
     """The card of a trainer's vectors; a base model is named where it has an id on the Hub."""
     from hf_ext.hub import is_hub_id
 
@@ -91,7 +91,7 @@ def steering_card(trainer: Any, name: str | None = None, dataset: str | None = N
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
-        name=name or "steering-vectors",
+        name=name,
         base=base,
         count=len(vectors),
         width=len(next(iter(vectors.values()))),

@@ -16,14 +16,14 @@ class SteeringRLConfig(GRPOConfig):
     TRL's `GRPOConfig` with the settings of arXiv 2505.18706 v3 as defaults, and two options more.
 
     On-policy, one optimiser step for each batch of completions: no clipping, no KL (`beta=0`), no scaling of rewards,
-    loss normalised by the tokens of the whole batch (`loss_type="dapo"`), sampling at temperature 1. The paper's batch is
-    128 prompts x 16 completions, on prompts and answers of 4096 tokens together; both are the user's to set.
+    loss normalised by the tokens of the whole batch (`loss_type="dapo"`), sampling at temperature 1. The paper's batch
+    is 128 prompts x 16 completions, on prompts and answers of 4096 tokens together; both are the user's to set.
     """
 
     learning_rate: float = _option(
         1e-3,
-        "First learning rate. The paper: 1e-3 for Qwen2.5, 3e-4 for Llama-3.1-8B, 8e-5 for its instruct version; small "
-        "models take much more (2e-2 for SmolLM2-135M), since their vectors are as long.",
+        "First learning rate. The paper: 1e-3 for Qwen2.5, 3e-4 for Llama-3.1-8B, 8e-5 for its instruct version; "
+        "small models take much more (2e-2 for SmolLM2-135M), since their vectors are as long.",
     )
     num_generations: int | None = _option(16, "Completions of a prompt (K), at least 2.")
     per_device_train_batch_size: int = _option(16, "Completions in one backward pass, on each device.")

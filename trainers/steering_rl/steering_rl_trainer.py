@@ -6,13 +6,14 @@
 - TRL's advantage is r - mean, which is A (K - 1) / K: it is multiplied by K / (K - 1), K being the completions of the
   prompt that have a reward at all.
 - A reward that is NaN or infinite is an error that names function and row; TRL takes NaN for None.
-- Vectors, norms and ratios to the stream are in the log. The norms of the stream are the base model's, on a few prompts.
+- The log has norms of vectors, and their ratios to the stream, whose norms are the base model's on a few prompts.
 """
 
 import functools
 import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,6 +218,7 @@ class SteeringRLTrainer(GRPOTrainer):
     ) -> None:
         """Write the card of the vectors into `output_dir`."""
         if self.is_world_process_zero():
+            model_name = model_name or Path(self.args.hub_model_id or self.args.output_dir).name
             steering_card(self, model_name, dataset_name, tags).save(f"{self.args.output_dir}/README.md")
 
 
