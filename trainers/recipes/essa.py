@@ -12,11 +12,11 @@
 """
 
 import random
-import zlib
 from pathlib import Path
 from typing import Any
 
 from trainers.recipes import statistics
+from trainers.recipes.characters import problems, tokenizer_of
 from trainers.recipes.process import forget_peak_rss, peak_rss
 from trainers.recipes.runner import Cell, Options, Place
 
@@ -30,7 +30,7 @@ UNITS = {
     "completions_per_cpu_s": "completions per CPU second",
     "step_memory": "bytes that a step takes at most, above what the process held before",
 }
-CHARACTERS = ["<pad>", "<end>", *"0123456789+="]
+CHARACTERS = "0123456789+="
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 GRPO_RATES = (1e-4, 1e-3, 1e-2)
 SV_RATE = 1e-2  # the paper's for SVD-GRPO
@@ -59,28 +59,6 @@ def cells(options: Options) -> list[Cell]:
 def prepare(options: Options, folder: Path) -> dict[str, Any]:
     """Nothing is made beforehand: the first cell of a seed trains its base for all of them."""
     return {"data": "two-digit sums"}
-
-
-def tokenizer_of() -> Any:
-    """Characters as tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(CHARACTERS)}, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>", padding_side="left")
-
-
-def problems(seed: int, count: int, held_out: bool) -> list[dict[str, str]]:
-    """Sums with their answers; a tenth of all pairs is held out."""
-    rng = random.Random(seed)
-    found: list[dict[str, str]] = []
-    while len(found) < count:
-        a, b = rng.randrange(100), rng.randrange(100)
-        if (zlib.crc32(f"{a}+{b}".encode()) % 10 == 0) == held_out:
-            found.append({"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"})
-    return found
 
 
 def exact(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
@@ -119,7 +97,7 @@ def start(seed: int, base_steps: int, rounded: bool, shared: Path) -> tuple[Any,
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    tokenizer = tokenizer_of()
+    tokenizer = tokenizer_of(CHARACTERS)
     base = LlamaForCausalLM.from_pretrained(trained_base(seed, base_steps, shared), dtype=torch.float32)
     if rounded:
         round_to_int8(base)
@@ -141,9 +119,9 @@ def trained_base(seed: int, steps: int, shared: Path) -> Path:
     with FileLock(shared / f"base-{seed}.lock"):
         if not folder.is_dir():
             torch.manual_seed(seed)
-            tokens = {"vocab_size": len(CHARACTERS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+            tokens = {"vocab_size": 2 + len(CHARACTERS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
             base = LlamaForCausalLM(LlamaConfig(**SHAPE, **tokens, max_position_embeddings=32))
-            train_on(base, tokenizer_of(), seed, steps, BASE_WRONG, lr=3e-3, batch=256)
+            train_on(base, tokenizer_of(CHARACTERS), seed, steps, BASE_WRONG, lr=3e-3, batch=256)
             part = shared / f"base-{seed}.part"
             base.save_pretrained(part)
             part.rename(folder)
