@@ -13,8 +13,6 @@
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 
@@ -120,31 +118,6 @@ def optimizer_worker(dim: int, population: int) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
-def measure(sides: dict[str, list[str]], pairs: int, same: bool) -> dict[str, list[float]]:
-    """Seconds of each side, taking turns."""
-    from tqdm import tqdm
-
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    run = [sys.executable, __file__, "--worker"]
-    started = {
-        side: subprocess.Popen([*run, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        for side, args in sides.items()
-    }
-    hashes = {process.stdout.readline() for process in started.values()}
-    if same and len(hashes) > 1:
-        raise SystemExit(f"The sides must write the same tokens, but {' and '.join(sides)} do not.")
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for i in tqdm(range(pairs), desc=" against ".join(" ".join(args) for args in sides.values())):
-        for side in list(sides) if i % 2 else list(sides)[::-1]:
-            started[side].stdin.write("go\n")
-            started[side].stdin.flush()
-            seconds[side].append(float(started[side].stdout.readline()))
-    for process in started.values():
-        process.stdin.close()
-        process.wait()
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5, help="generations of each side (default 5)")
@@ -166,13 +139,13 @@ def main() -> None:
         if args.row not in (None, row):
             continue
         shape = [name, str(candidates), str(prompts)]
-        got = measure({"ours": ["ours", *shape], peer: [peer, *shape]}, args.pairs, same=True)
+        got = rows.take_turns(__file__, {"ours": ["ours", *shape], peer: [peer, *shape]}, args.pairs, same=True)
         version = f"peft {peft.__version__}"
         rows.write(row, command, "seconds per generation", got["ours"], (peer, version, got[peer]), goal)
     row, dim, population, goal = OPTIMIZER
     if args.row in (None, row):
         sides = {"optimizer": ["optimizer", "-", str(dim), str(population)], "ours": ["ours", "smollm2", "16", "4"]}
-        got = measure(sides, args.pairs, same=False)
+        got = rows.take_turns(__file__, sides, args.pairs, same=False)
         hundredth = [seconds / 100 for seconds in got["ours"]]
         peer = ("1 % of a generation of 64 rows", "SmolLM2", hundredth)
         rows.write(row, command, "seconds of ask and tell", got["optimizer"], peer, goal)

@@ -1,9 +1,11 @@
-"""One benchmark row as JSON, the same fields in every file."""
+"""What benchmarks share: sides that take turns, and one row as JSON, the same fields in every file."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,3 +47,33 @@ def write(
     part.write_text(json.dumps(row, indent=2) + "\n")
     part.replace(path)
     print(json.dumps(row, indent=2))
+
+
+def take_turns(script: str, sides: dict[str, list[str]], pairs: int, same: bool) -> dict[str, list[float]]:
+    """
+    Seconds of each side, taking turns: each is `script --worker ARGUMENTS` in a process of its own, with one thread.
+
+    A worker prints a hash of its output, then answers each line of its input by the seconds of one run. With `same`
+    the hashes must be equal.
+    """
+    from tqdm import tqdm
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    run = [sys.executable, script, "--worker"]
+    started = {
+        side: subprocess.Popen([*run, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        for side, args in sides.items()
+    }
+    hashes = {process.stdout.readline() for process in started.values()}
+    if same and len(hashes) > 1:
+        raise SystemExit(f"The sides must have the same output, but {' and '.join(sides)} do not.")
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for i in tqdm(range(pairs), desc=" against ".join(" ".join(args) for args in sides.values())):
+        for side in list(sides) if i % 2 else list(sides)[::-1]:
+            started[side].stdin.write("go\n")
+            started[side].stdin.flush()
+            seconds[side].append(float(started[side].stdout.readline()))
+    for process in started.values():
+        process.stdin.close()
+        process.wait()
+    return seconds
