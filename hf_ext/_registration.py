@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 
 MODELS = [
     Entry("lime", "hf_ext.lime", "LimeConfig", {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"}),
+    Entry("steered", "hf_ext.steering", "SteeredConfig", {"AutoModelForCausalLM": "SteeredModelForCausalLM"}),
 ]
 
 
