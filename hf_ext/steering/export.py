@@ -138,6 +138,7 @@ def _hooked(base: PreTrainedModel, state: dict[str, torch.Tensor], shifts: dict[
     from hf_ext.steering.modeling_steered import SteeredModelForCausalLM
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base.config.model_type) == type(base).__name__
+    known = known and type(base).__module__.startswith("transformers.models.")  # the Auto classes know ours as well
     if not known or base.config.get_text_config() is not base.config:
         raise ValueError(
             f"`model` must be a causal language model of transformers to be exported, got {type(base).__name__}. Save "
