@@ -6,6 +6,7 @@ Every saved adapter that BEFT can express gets one, in the folder `beft/` beside
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ def places(model: nn.Module, names: list[str], positions: str) -> list[str] | No
 
 def write_twin(folder: Path, config: "SteeringConfig") -> None:
     """Write `folder/beft` from the adapter that was just saved in `folder`, or remove an old one; tell the README."""
+    # Trainer, when it resumes, takes every adapter in a folder of its checkpoint for one of the model's
+    if re.fullmatch(r"checkpoint-\d+", folder.name):
+        return
     twin, weights = folder / FOLDER, folder / WEIGHTS
     if config.beft_places is None or not weights.is_file():
         for name in (WEIGHTS, CONFIG):

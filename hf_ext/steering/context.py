@@ -10,6 +10,7 @@
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class ForwardContext:
         # adapters whose vectors no key or value depends on; and adapters whose numbers nobody has looked at yet
         self.after_all_keys: set[str] = set()
         self.unchecked: set[str] = set()
-        self.version = 0  # of the vectors: changes when they are written
+        self.versions: Counter[str] = Counter()  # how often an adapter's vectors were written since it got its name
         self._rows: list[str] | None = None
         self._row_ids: torch.Tensor | None = None
         self._prompt: int | None = None  # columns of the prompt, within `generate`
@@ -102,7 +103,7 @@ class ForwardContext:
             table.pop(name, None)
         self.after_all_keys.discard(name)
         self.unchecked.discard(name)
-        self.version += 1
+        self.versions[name] += 1
 
     @property
     def gated(self) -> bool:
@@ -207,7 +208,7 @@ class ForwardContext:
         felt = [
             "the base"
             if name == BASE or name in self.after_all_keys
-            else f"{name} (scale {self.scaling[name]:g}, version {self.version})"
+            else f"{name} (scale {self.scaling[name]:g}, version {self.versions[name]})"
             for name in rows
         ]
         return () if set(felt) <= {"the base"} else tuple(felt)

@@ -153,7 +153,7 @@ class SteeringModel(BaseTuner):
             check_vector(f"vectors[{layer}]", vector, modules[layer].width)
         for layer, vector in vectors.items():
             modules[layer].steering_bias[adapter_name].copy_(vector)
-        self.context.version += 1
+        self.context.versions[adapter_name] += 1
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the factor of an adapter, in the model and in the configuration that is saved."""

@@ -500,6 +500,12 @@ def test_target_modules_are_pefts_own(steer):
     assert all(torch.equal(logits(model), logits(by_ending)) for model in models)
 
 
+def test_a_module_without_parameters_is_steered(steer):
+    _, model, vectors = steer("gpt_neox", placement="post_mlp_dropout")
+    _, same, _ = steer("gpt_neox", vectors=vectors)
+    torch.testing.assert_close(logits(model), logits(same), rtol=0, atol=2e-5)
+
+
 def test_a_family_outside_the_table_is_steered_by_path(tiny_model, steer):
     import transformers
 

@@ -75,7 +75,9 @@ def test_sft_trains_the_vectors_alone_and_saves_the_format_of_the_adapter(
     again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     trained = run.model.get_vectors()
     assert all(torch.equal(again.get_vectors()[layer], vector) for layer, vector in trained.items())
+    # no twin in a checkpoint, where Trainer would take it for a second adapter of the model
     assert (tmp_path / "adapter" / "beft").is_dir() == (positions == "all")
+    assert not (tmp_path / "run" / "checkpoint-3" / "beft").exists()
     found = read_vectors(tmp_path / "adapter")
     assert all(torch.equal(found[layer], trained[layer]) for layer in trained)
 
