@@ -1,7 +1,7 @@
 """hf_ext: ten research systems as everyday Hugging Face citizens.
 
 - Importing this package costs milliseconds and loads no torch: public names are resolved on first use.
-- Importing it makes our models known to transformers' Auto classes, and our adapter to PEFT, whoever is imported first.
+- Importing it makes our models known to transformers' Auto classes and our adapter to PEFT, in any order of imports.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from hf_ext._registration import register_adapters, register_models
 
 if TYPE_CHECKING:
     from hf_ext.lime import LimeConfig, LimeForCausalLM, LimeModel, lime_param_groups
-    from hf_ext.steering import SteeringConfig, SteeringLayer, SteeringModel
+    from hf_ext.steering import SteeredConfig, SteeredModelForCausalLM, SteeringConfig, SteeringLayer, SteeringModel
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -20,6 +20,8 @@ __getattr__, __dir__, __all__ = attach(
         "LimeConfig": "hf_ext.lime",
         "LimeForCausalLM": "hf_ext.lime",
         "LimeModel": "hf_ext.lime",
+        "SteeredConfig": "hf_ext.steering",
+        "SteeredModelForCausalLM": "hf_ext.steering",
         "SteeringConfig": "hf_ext.steering",
         "SteeringLayer": "hf_ext.steering",
         "SteeringModel": "hf_ext.steering",

@@ -28,11 +28,13 @@ class Entry(NamedTuple):
 
 MODELS = [
     Entry("lime", "hf_ext.lime", "LimeConfig", {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"}),
+    Entry("steered", "hf_ext.steering", "SteeredConfig", {"AutoModelForCausalLM": "SteeredModelForCausalLM"}),
 ]
 
 
 # whichever of these is executed last, PEFT's dictionaries are filled after it
-STEERING = ("peft", "hf_ext.steering.config", "hf_ext.steering.layer", "hf_ext.steering.model")
+REGISTRATION = "hf_ext.steering.registration"
+STEERING = ("peft", "hf_ext.steering.config", "hf_ext.steering.layer", "hf_ext.steering.model", REGISTRATION)
 _seen_to_end: set[str] = set()
 
 
@@ -95,10 +97,9 @@ def _add_classes() -> None:
 
 
 def _add_adapter() -> None:
-    registration = "hf_ext.steering.registration"
-    half_way = [name for name in (*STEERING, registration) if name in sys.modules and not _executed(name)]
+    half_way = [name for name in STEERING if name in sys.modules and not _executed(name)]
     if "peft" in sys.modules and not half_way:
-        importlib.import_module(registration).register()
+        importlib.import_module(REGISTRATION).register()
 
 
 def register_adapters() -> None:

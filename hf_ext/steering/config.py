@@ -4,15 +4,18 @@ import enum
 import math
 import operator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+
+from hf_ext.steering.beft import write_twin
 
 
 POSITIONS = ("all", "first", "completion")
 
 
-class SteeringPeftType(str, enum.Enum):
+class SteeringPeftType(str, enum.Enum):  # noqa: UP042  PEFT reads the type after the dot of its str()
     """The type's name. PEFT's own enum is closed; its dictionaries take any str enum, which equals its string."""
 
     STEERING = "STEERING"
@@ -30,8 +33,8 @@ class SteeringConfig(PeftConfig):
         h_l <- h_l + c s_l      at every token;  s_l in R^d, zero at the start;  c = `scale`
 
     The paper's settings (arXiv 2505.18706) are the defaults but for the place: the authors write the bias of
-    `mlp.down_proj`, which is the stream itself in Llama and Qwen2. `placement="down_proj"` is their literal choice, also
-    where a norm follows it. Their vectors are bfloat16 like the model: `get_peft_model(...,
+    `mlp.down_proj`, which is the stream itself in Llama and Qwen2. `placement="down_proj"` is their literal choice,
+    also where a norm follows it. Their vectors are bfloat16 like the model: `get_peft_model(...,
     autocast_adapter_dtype=False)`. PEFT's default, float32, is safer (bfloat16 stops moving entries beyond about 0.5).
 
     Args:
@@ -41,12 +44,12 @@ class SteeringConfig(PeftConfig):
         positions (`str`, *optional*, defaults to `"all"`): Tokens that are steered; see the field's help.
         target_modules (`str` or `list[str]`, *optional*): Instead of `placement`, in PEFT's own meaning.
         modules_to_save (`list[str]`, *optional*): Modules trained and saved besides, as in every PEFT type.
-        model_type, hidden_size, num_hidden_layers: The base model's, filled in when the adapter is first put in, saved,
+        model_type, hidden_size, num_hidden_layers: The base model's: filled in when the adapter is put in, saved,
             and checked when it is loaded.
 
     Raises:
-        TypeError, ValueError: for a value of no meaning; and when the adapter is put into a model, for a layer or place
-            that it does not have, or a base of other width, depth or type.
+        TypeError, ValueError: for a value of no meaning; and when the adapter is put into a model, for a layer or a
+            place that it does not have, or a base of other width, depth or type.
 
     Example:
 
@@ -70,10 +73,10 @@ class SteeringConfig(PeftConfig):
     scale: float = _option(1.0, "Factor of the vector: 1 as in the paper, 0 is the base model.")
     positions: str = _option(
         "all",
-        'Tokens that are steered. "all": every token, prompt and padding too (the paper). "first": only the token whose '
-        'output is the first token of the completion, the last one of the prompt. "completion": from that token on. '
-        "The last two need to know where the completion begins: `generate` does; a forward call takes it from `labels` "
-        "or from `logits_to_keep`.",
+        'Tokens that are steered. "all": every token, prompt and padding too (the paper). "first": only the token '
+        'whose output is the first token of the completion, the last one of the prompt. "completion": from that token '
+        "on. The last two need to know where the completion begins: `generate` does; a forward call takes it from "
+        "`labels` or from `logits_to_keep`.",
     )
     target_modules: list[str] | str | None = _option(
         None, "Instead of `placement`: names' endings, or one regular expression, as for any PEFT type."
@@ -103,6 +106,13 @@ class SteeringConfig(PeftConfig):
             raise ValueError(f"`positions` must be one of {', '.join(POSITIONS)}, got {self.positions!r}.")
         self.scale = check_scale(self.scale)
         _check_layers(self.layers_to_transform)
+        # where PEFT's own BEFT would put the vectors, if it can; known once the adapter is in a model, never saved
+        self.beft_places: list[str] | None = None
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, which calls it after the weights are written; and the twin that loads without hf_ext, in `beft/`."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_twin(Path(save_directory), self)
 
 
 def check_scale(scale: Any) -> float:

@@ -1,15 +1,16 @@
-"""What the steering layers of one model must know of the forward call that runs: whose vector each row gets, and where.
+"""What the steering layers of a model must know of the forward call that runs: whose vector each row gets, and where.
 
 - One [`ForwardContext`] a model, filled by a hook before its forward: names become ids once, masks are made once.
-- A vector in layer l changes keys and values of the layers after l alone. So a cache that was filled with other vectors
-  must not be continued, unless they all sit in the last layer, at the end of its MLP. Each cache is marked with what
-  filled it, and a mark that does not fit is refused.
+- A vector in layer l changes keys and values of the layers after l alone. So a cache that was filled with other
+  vectors must not be continued, unless they all sit in the last layer, at the end of its MLP. Each cache is marked
+  with what filled it, and a mark that does not fit is refused.
 - Activation checkpointing computes layers again during backward, when another forward may have run: each gated forward
   leaves its masks with its outputs, whose gradient comes first.
 - One model serves one forward at a time, as any PEFT model does: no calls from several threads at once.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class ForwardContext:
         # adapters whose vectors no key or value depends on; and adapters whose numbers nobody has looked at yet
         self.after_all_keys: set[str] = set()
         self.unchecked: set[str] = set()
-        self.version = 0  # of the vectors: changes when they are written
+        self.versions: Counter[str] = Counter()  # how often an adapter's vectors were written since it got its name
         self._rows: list[str] | None = None
         self._row_ids: torch.Tensor | None = None
         self._prompt: int | None = None  # columns of the prompt, within `generate`
@@ -77,7 +78,7 @@ class ForwardContext:
             self._prompt = 1 if prompt is None else prompt.shape[1]
             self._copies = _copies(model, kwargs)
             try:
-                return generate(*args, **kwargs)  # type: ignore[misc]
+                return generate(*args, **kwargs)
             finally:
                 self._prompt, self._copies = None, 1
 
@@ -102,7 +103,7 @@ class ForwardContext:
             table.pop(name, None)
         self.after_all_keys.discard(name)
         self.unchecked.discard(name)
-        self.version += 1
+        self.versions[name] += 1
 
     @property
     def gated(self) -> bool:
@@ -129,7 +130,9 @@ class ForwardContext:
             return
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if not isinstance(tokens, torch.Tensor):
-            raise ValueError("`input_ids` or `inputs_embeds` must be given to an adapter that tells rows or tokens apart.")
+            raise ValueError(
+                "`input_ids` or `inputs_embeds` must be given to an adapter that tells rows or tokens apart."
+            )
         used = set(self.active()) if self._rows is None else set(self._rows) - {BASE}
         kinds = {self.positions[name] for name in used} - {"all"}
         self.gates = _gates(kinds, tokens, given, self._prompt) if kinds else {}
@@ -137,7 +140,10 @@ class ForwardContext:
             self._expand(tokens)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After it: the masks are gone, and come back with the gradient of the outputs."""
+        """After it: its cache is marked; the masks are gone, and come back with the gradient of the outputs."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and not torch.compiler.is_compiling():
+            cache._steered_by = self._felt()
         gates, self.gates = self.gates, {}
         if not gates or not module.training or not torch.is_grad_enabled():
             return
@@ -194,27 +200,30 @@ class ForwardContext:
                     )
         self.unchecked = set()
 
-    def _check_cache(self, cache: Any) -> None:
-        """Refuse keys and values that other vectors have shaped; mark those that this forward adds."""
-        if cache is None or not hasattr(cache, "get_seq_length"):
-            return
+    def _felt(self) -> tuple[str, ...]:
+        """What shapes keys and values now: nothing, an adapter or several, or one for each row."""
         rows = self.active() if self._rows is None else self._rows
         if self._rows is not None and len(set(rows)) == 1:
             rows = rows[:1]
-        felt = tuple(
-            "the base" if name == BASE or name in self.after_all_keys or name not in self.scaling
-            else f"{name} (scale {self.scaling[name]:g}, version {self.version})"
+        felt = [
+            "the base"
+            if name == BASE or name in self.after_all_keys
+            else f"{name} (scale {self.scaling[name]:g}, version {self.versions[name]})"
             for name in rows
-        )  # fmt: skip
-        now = () if set(felt) <= {"the base"} else felt
-        before = getattr(cache, "_steered_by", ())
+        ]
+        return () if set(felt) <= {"the base"} else tuple(felt)
+
+    def _check_cache(self, cache: Any) -> None:
+        """Refuse keys and values that other vectors have shaped."""
+        if cache is None or not hasattr(cache, "get_seq_length"):
+            return
+        now, before = self._felt(), getattr(cache, "_steered_by", ())
         # a length may wait for the accelerator, so it is asked for only where it matters
         if now != before and int(cache.get_seq_length()) > 0:
             raise ValueError(
                 f"`past_key_values` must have been filled with the same vectors, {_words(now)}, got one filled with "
                 f"{_words(before)}. Start with an empty cache; only vectors of the last layer alone may share one."
             )
-        cache._steered_by = now
 
 
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")
@@ -228,7 +237,8 @@ def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
     """How many rows `generate` makes of each prompt."""
     settings = [kwargs, vars(kwargs.get("generation_config") or object), vars(model.generation_config)]
     found = [
-        next((s[name] for s in settings if s.get(name) is not None), 1) for name in ("num_beams", "num_return_sequences")
+        next((s[name] for s in settings if s.get(name) is not None), 1)
+        for name in ("num_beams", "num_return_sequences")
     ]
     return max(int(number) for number in found)
 

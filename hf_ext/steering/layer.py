@@ -148,8 +148,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
     def _gate(self, mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
         if mask is None or mask.shape != hidden.shape[:2]:
             raise ValueError(
-                f"`positions` needs to know where the completion begins, and nothing tells {self.name}: call the model "
-                'itself, not a part of it, with activations (batch, seq, width); or use positions="all".'
+                f"`positions` needs to know where the completion begins, which nothing told {self.name}: call the "
+                'model itself, not a part of it, with activations (batch, seq, width); or use positions="all".'
             )
         return mask[..., None].to(hidden.device)
 

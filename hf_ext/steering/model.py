@@ -16,7 +16,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from hf_ext.steering.config import SteeringConfig, check_scale
+from hf_ext.steering import beft
+from hf_ext.steering.config import check_scale
 from hf_ext.steering.context import BASE, ForwardContext
 from hf_ext.steering.layer import SteeringLayer
 from hf_ext.steering.places import check_base, layer_of, targets
@@ -53,12 +54,13 @@ class SteeringModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         check_base(peft_config, self.model)
         self._targets = targets(self.model, peft_config)
+        peft_config.beft_places = beft.places(self.model, self._targets, peft_config.positions)
         steered = (layer for layer in self.model.modules() if isinstance(layer, SteeringLayer))
         known = next((layer.context for layer in steered), None)
         self.context = ForwardContext(self.model) if known is None else known
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         return key in self._targets
 
     def _create_and_replace(
@@ -82,7 +84,10 @@ class SteeringModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        if next(target.parameters(), None) is not None:
+            self._replace_module(parent, target_name, layer, target)
+        else:  # PEFT asks the old module where it is, and an activation does not know
+            setattr(parent, target_name, layer.to(next(self.model.parameters()).device))
 
     def _is_after_all_keys(self, config: PeftConfig) -> bool:
         """Whether the vectors change no key and no value: at the end of the last layer's MLP."""
@@ -148,7 +153,7 @@ class SteeringModel(BaseTuner):
             check_vector(f"vectors[{layer}]", vector, modules[layer].width)
         for layer, vector in vectors.items():
             modules[layer].steering_bias[adapter_name].copy_(vector)
-        self.context.version += 1
+        self.context.versions[adapter_name] += 1
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the factor of an adapter, in the model and in the configuration that is saved."""
@@ -174,7 +179,9 @@ class SteeringModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"`adapter_name` must be a new name, got {adapter_name!r}.")
         if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"`weights` must have one number for each adapter, got {len(weights)} for {len(adapters)}.")
+            raise ValueError(
+                f"`weights` must have one number for each adapter, got {len(weights)} for {len(adapters)}."
+            )
         configs = [self.peft_config[name] for name in adapters]
         kinds = {(c.placement, str(c.target_modules), c.positions) for c in configs}
         if len(kinds) > 1:
@@ -210,14 +217,14 @@ class SteeringModel(BaseTuner):
         lost = []
         if merge:
             self._check_mergeable(adapter_names)
-            # merged already, a layer has its bias
-            lost = [layer.name for layer in self.context.layers if (layer._own_bias if layer.merged else layer.bias) is None]
+            own = {x.name: x._own_bias if x.merged else x.get_base_layer().bias for x in self.context.layers}
+            lost = [name for name, bias in own.items() if bias is None]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.context.remove()
         if lost:
             warnings.warn(
-                f"The merged vectors are biases that {type(model).__name__} does not have (first {lost[0]}): they work "
-                "now, but save_pretrained and from_pretrained lose them without a word. To save, use "
+                f"The merged vectors are biases that {type(model).__name__} does not have (first {lost[0]}): they "
+                "work now, but save_pretrained and from_pretrained lose them without a word. To save, use "
                 "hf_ext.steering.export_model(peft_model) instead of merging.",
                 stacklevel=3,
             )
@@ -225,8 +232,9 @@ class SteeringModel(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Before any layer is merged, so that a model is merged whole or not at all."""
+        names = self.active_adapters if adapter_names is None else adapter_names
         for layer in self.context.layers:
-            layer.check_mergeable(layer.active_adapters if adapter_names is None else adapter_names)
+            layer.check_mergeable(names)
 
     def _check_known(self, adapter_name: str) -> None:
         if adapter_name not in self.context.scaling:

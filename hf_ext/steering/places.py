@@ -59,8 +59,8 @@ def layers(config: SteeringConfig, num_layers: int) -> list[int]:
     wrong = [number for number in numbers if not -num_layers <= number < num_layers]
     if wrong:
         raise ValueError(
-            f"`layers_to_transform` must hold numbers in [{-num_layers}, {num_layers - 1}], got {wrong}. The model has "
-            f"{num_layers} layers."
+            f"`layers_to_transform` must hold numbers in [{-num_layers}, {num_layers - 1}], got {wrong}. The model "
+            f"has {num_layers} layers."
         )
     return sorted({number % num_layers for number in numbers})
 

@@ -51,7 +51,10 @@ OPTIONS = {
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """`tiny_model(model_type, **options)`: a new model in evaluation mode, every parameter random; 3 layers of 32."""
+    """`tiny_model(model_type, **options)`: a model in evaluation mode, every parameter random; 3 layers of 32.
+
+    A new one at each call, with the same numbers.
+    """
     import torch
     import transformers
 
@@ -61,7 +64,9 @@ def tiny_model():
 
     def make(model_type, **options):
         config = transformers.AutoConfig.for_model(model_type, **{**OPTIONS.get(model_type, SHAPE), **options})
-        model = autos.get(model_type, transformers.AutoModelForCausalLM).from_config(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = autos.get(model_type, transformers.AutoModelForCausalLM).from_config(config)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             # biases and norms too, which start as constants

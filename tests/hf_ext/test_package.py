@@ -16,7 +16,7 @@ from hf_ext._registration import MODELS
 
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "transformers", "huggingface_hub", "numpy")
+HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "numpy")
 TINY = "dict(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)"
 
 
@@ -120,3 +120,50 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 )
 def test_models_are_registered_whoever_is_imported_first(code, run_python):
     run_python(code, block=())
+
+
+# each order in a copy of a process that has loaded what is slow, but neither hf_ext nor peft
+ADAPTER_ORDERS = """
+import os, sys, traceback
+import torch, transformers.modeling_utils, accelerate, datasets
+assert not {"peft", "hf_ext"} & sys.modules.keys()
+check = '''
+import hf_ext, peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs, PEFT_TYPE_TO_TUNER_MAPPING as tuners
+assert configs["STEERING"] is hf_ext.SteeringConfig and tuners["STEERING"] is hf_ext.SteeringModel
+from hf_ext.steering.registration import register
+register()
+'''
+for order in [
+    "import hf_ext\\nfrom peft import PeftModel",
+    "import peft\\nimport hf_ext",
+    "from hf_ext import SteeringConfig",
+    "import hf_ext.steering.config",
+    "import hf_ext.steering.layer",
+    "import hf_ext.steering.model",
+    "import hf_ext.steering.registration",
+]:
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(order + check, {})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, order
+"""
+
+
+def test_the_adapter_is_registered_whoever_is_imported_first(run_python):
+    run_python(ADAPTER_ORDERS, block=())
+
+
+def test_a_type_of_the_same_name_in_peft_stops_the_registration(monkeypatch):
+    from peft import LoraConfig, mapping
+
+    from hf_ext.steering.registration import register
+
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "STEERING", LoraConfig)
+    with pytest.raises(RuntimeError, match="must not have a type STEERING of its own, got peft.tuners.lora"):
+        register()
