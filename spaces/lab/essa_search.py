@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from essa_settings import REWARDS, TASKS, Settings
+from store import Store
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_ext import tiny
 from trainers.essa import ESSATrainer
 from trainers.essa.rollout import generate_rows
 
@@ -40,6 +40,7 @@ class Search:
     A search that begins at once.
 
     Args:
+        store ([`Store`]): Where the copy of the model comes from.
         settings ([`Settings`]): What to search.
 
     Attributes:
@@ -54,8 +55,8 @@ class Search:
 
     _turn = threading.Lock()
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.task = settings, TASKS[settings.task]
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store, self.settings, self.task = store, settings, TASKS[settings.task]
         self._folder = tempfile.TemporaryDirectory(prefix="hf_ext-essa-")
         self._place = Path(self._folder.name) / "essa-adapter"
         self._args = settings.arguments(self._place)
@@ -117,7 +118,8 @@ class Search:
         settings = self.settings
         rows, asked = self.task.rows(False), self.task.rows(True)[:SHOWN]
         self._show(f"Loading {settings.model} ...")
-        base, tokenizer = tiny.load(settings.model, dtype="float32")
+        loaded = self.store.copy(settings.model)
+        base, tokenizer = loaded.model, loaded.tokenizer
         base.register_forward_pre_hook(self.check)
         if tokenizer.chat_template is None:  # a model without one continues texts
             rows, asked = ([_as_text(row) for row in some] for some in (rows, asked))
@@ -148,7 +150,7 @@ class Search:
             for row, text, reward in zip(answers, texts, rewards, strict=True)
         ]
         self.adapter = self._save(trainer)
-        self._show(_summary(self.seen["generations"], answers, stopped), answers=answers)
+        self._show(_summary(len(self.seen["generations"]), answers, stopped), answers=answers)
 
     def _adapted(self, base: Any) -> Any:
         """The model with the adapter that was named."""
@@ -281,12 +283,12 @@ def _question(prompt: Any) -> str:
     return (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip().splitlines()[-1]
 
 
-def _summary(generations: list[dict[str, Any]], answers: list[dict[str, Any]], stopped: bool) -> str:
+def _summary(generations: int, answers: list[dict[str, Any]], stopped: bool) -> str:
     mean = [np.mean([row[f"{when}_reward"] or 0.0 for row in answers]) for when in ("before", "after")]
     changed = sum(row["before"] != row["after"] for row in answers)
-    ended, took = "Stopped" if stopped else "Finished", _duration(sum(one["seconds"] for one in generations))
+    ended = "Stopped" if stopped else "Finished"
     return (
-        f"{ended} after {len(generations)} generations ({took}). Held-out prompts: mean reward {mean[0]:.3f} "
+        f"{ended} after {generations} generation{'s' * (generations != 1)}. Held-out prompts: mean reward {mean[0]:.3f} "
         f"before, {mean[1]:.3f} after; {changed} of {len(answers)} answers changed."
     )
 

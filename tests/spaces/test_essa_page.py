@@ -35,8 +35,9 @@ def settings(model, **changes):
 
 def search(model, **changes):
     from essa_search import Search
+    from store import Store
 
-    return Search(settings(model, **changes))
+    return Search(Store(model), settings(model, **changes))
 
 
 def until(condition, seconds=120):
@@ -60,7 +61,7 @@ def done(lively):
 
 def test_a_search_shows_each_generation_and_the_answers_before_and_after(done):
     seen = done[0].seen
-    assert re.match(r"Finished after 3 generations \(\d+ s\). Held-out prompts: mean reward \d", seen["status"])
+    assert re.match(r"Finished after 3 generations. Held-out prompts: mean reward \d", seen["status"])
     assert seen["dim"] == 3 * 4 * 2 * 2  # layers, matrices, factors, rank
     assert [len(found["fitness"]) for found in seen["generations"]] == [6, 6, 6]
     assert all(0 <= reward <= 1 for found in seen["generations"] for reward in found["fitness"])
@@ -128,7 +129,7 @@ def test_a_model_without_a_chat_template_continues_texts_and_auto_finds_a_step_s
         part.save_pretrained(tmp_path)
     found = search(str(tmp_path), task="word_problems", sigma="auto", generations=1)
     found.wait()
-    assert found.seen["status"].startswith("Finished after 1 generations"), found.seen["status"]
+    assert found.seen["status"].startswith("Finished after 1 generation."), found.seen["status"]
     assert found.seen["answers"][0]["question"].endswith("?")
 
 
@@ -180,13 +181,14 @@ def test_what_supervised_steps_teach_is_right_and_no_held_out_prompt_is_among_it
     assert not {str(row["prompt"]) for row in known} & {str(row["prompt"]) for row in asked}
 
 
-def test_a_session_has_one_search_and_leaving_ends_it(lively):
+def test_a_session_has_one_search_and_leaving_ends_it(lab, lively):
     from pages import essa
 
     request = SimpleNamespace(session_hash="a session")
-    found = essa.begin("a session", settings(lively))
+    store = lab.Store(lively)
+    found = essa.begin(store, "a session", settings(lively))
     with pytest.raises(gradio.Error, match="press Stop"):
-        essa.begin("a session", settings(lively))
+        essa.begin(store, "a session", settings(lively))
     essa.leave(request)
     essa.leave(request)  # a page that was left already
     found.wait()
@@ -195,10 +197,10 @@ def test_a_session_has_one_search_and_leaving_ends_it(lively):
 
 
 SEEN = {
-    "reward": "some", "planned": 4, "dim": 8,
+    "task": "a task", "reward": "some", "planned": 4, "dim": 8,
     "generations": [
-        {"fitness": [0.0, 0.25, 0.5, 1.0, None], "sigma": 0.2, "tokens_per_second": 1234.5},
-        {"fitness": [0.5, 0.5, 0.5, 0.5, 0.5], "sigma": 0.19, "tokens_per_second": 1000.0},
+        {"fitness": [0.0, 0.25, 0.5, 1.0, None], "sigma": 0.2, "seconds": 1.0, "tokens_per_second": None},
+        {"fitness": [0.5, 0.5, 0.5, 0.5, 0.5], "sigma": 0.19, "seconds": 2.5, "tokens_per_second": 1234.5},
     ],
     "answers": [
         {"question": "q1", "answer": "A", "before": "a", "before_reward": 0.0, "after": "A", "after_reward": 1.0},
@@ -215,7 +217,7 @@ def test_the_charts_show_each_candidate_that_was_scored_its_mean_best_and_middle
     # quartiles of 0, 0.25, 0.5, 1 by linear interpolation: 0.1875 and 0.625
     assert "generation 1: best 1.000, mean 0.438; the middle half of 4 candidates from 0.188 to 0.625" in shown
     assert "generation 2: sigma 0.190" in shown
-    assert "1,000 tokens/s" in shown
+    assert "1,234 tokens/s, 2.5 s a generation" in shown
     assert ">4</text>" in shown  # room for the generations to come
 
 

@@ -117,7 +117,7 @@ def build(store: Store) -> None:
         given = {name: v.strip() if isinstance(v, str) else v for name, v in zip(fields, values, strict=True)}
         given["model"] = given["model"] or store.default
         try:
-            search = begin(str(request.session_hash), Settings(**given))
+            search = begin(store, str(request.session_hash), Settings(**given))
         except ValueError as error:
             yield f"**Not started.** {error}", *[gr.skip()] * 4
             return
@@ -156,12 +156,12 @@ def build(store: Store) -> None:
     reward.change(options, reward, [lengths, instruction], **private)
 
 
-def begin(session: str, settings: Settings) -> Search:
+def begin(store: Store, session: str, settings: Settings) -> Search:
     """The search of a session; gr.Error where one is running, ValueError for settings that cannot work."""
     with _BEGINNING:
         if session in SESSIONS and SESSIONS[session].running:
             raise gr.Error(BUSY, print_exception=False)
-        SESSIONS[session] = Search(settings)
+        SESSIONS[session] = Search(store, settings)
         return SESSIONS[session]
 
 
@@ -174,9 +174,11 @@ def leave(request: gr.Request) -> None:
 
 def example(store: Store) -> dict[str, Any]:
     """What the page opens with, computed."""
-    search = Search(Settings(model=store.default, population=8, generations=8, sigma="0.3"))
+    search = Search(store, Settings(model=store.default, population=8, generations=8, sigma="0.3"))
     search.wait()
-    return search.seen
+    # how fast it went says something of the machine it ran on, and nothing to who looks at it elsewhere
+    unknown = {"seconds": None, "tokens_per_second": None}
+    return {**search.seen, "generations": [one | unknown for one in search.seen["generations"]]}
 
 
 def watch(search: Search) -> Iterator[dict[str, Any]]:
@@ -214,11 +216,12 @@ def reward_charts(seen: dict[str, Any]) -> str:
         **axes,
     )
     sigma = line_chart("Sigma, the step size", [("", []), ("sigma", [one["sigma"] for one in found])], **axes)
-    speed = [f"{one['tokens_per_second']:,.0f}" for one in found[-1:]]
-    said = f"{seen['dim']} singular values. Reward: {seen['reward']}. {speed[0]} tokens/s."
+    said = f"{seen['task']}. Reward: {seen['reward']}. {seen['dim']} singular values are searched."
+    if (speed := found[-1]["tokens_per_second"]) is not None:
+        said += f" {speed:,.0f} tokens/s, {found[-1]['seconds']:.1f} s a generation."
     return (
-        f'<div class="lab-line" aria-live="polite">{POINT}</div>{key(["best", "mean"])}'
-        f'<div class="lab-charts">{population}{sigma}</div>{note(said)}'
+        f'{note(said)}<div class="lab-line" aria-live="polite">{POINT}</div>{key(["best", "mean"])}'
+        f'<div class="lab-charts">{population}{sigma}</div>'
     )
 
 
