@@ -286,10 +286,10 @@ def _question(prompt: Any) -> str:
 def _summary(generations: int, answers: list[dict[str, Any]], stopped: bool) -> str:
     mean = [np.mean([row[f"{when}_reward"] or 0.0 for row in answers]) for when in ("before", "after")]
     changed = sum(row["before"] != row["after"] for row in answers)
-    ended = "Stopped" if stopped else "Finished"
+    ended = f"{'Stopped' if stopped else 'Finished'} after {generations} generation{'s' * (generations != 1)}"
     return (
-        f"{ended} after {generations} generation{'s' * (generations != 1)}. Held-out prompts: mean reward {mean[0]:.3f} "
-        f"before, {mean[1]:.3f} after; {changed} of {len(answers)} answers changed."
+        f"{ended}. Held-out prompts: mean reward {mean[0]:.3f} before, {mean[1]:.3f} after; {changed} of "
+        f"{len(answers)} answers changed."
     )
 
 
