@@ -220,7 +220,7 @@ class Search:
         """The adapter as PEFT saves it, with tokenizer and card, in a zip."""
         name = HUB_IDS.get(self.settings.model, self.settings.model)
         trainer.model.peft_config["default"].base_model_name_or_path = name
-        trainer.model.save_pretrained(self._place)
+        trainer.model.save_pretrained(self._place, save_embedding_layers=False)  # or it asks the Hub about the base
         trainer.processing_class.save_pretrained(self._place)
         trainer.create_model_card(dataset_name=self.task.title)
         return Path(shutil.make_archive(str(self._place), "zip", self._place))

@@ -131,7 +131,7 @@ class Settings:
                 raise ValueError(f"`{name}` must be a whole number >= {least}, got {getattr(self, name)}.")
         if self.reward not in rewards_of(self.task):
             raise ValueError(f"`reward` must be one of {', '.join(rewards_of(self.task))}, got {self.reward!r}.")
-        self.reward_function()(completions=[], completion_ids=[], answer=[])  # refuses bad options of its own
+        self.reward_function()(completions=["-"], completion_ids=[[0]], answer=["0"])  # refuses bad options of its own
         args = ESSAConfig(
             output_dir=str(folder),
             population_size=self.population,

@@ -183,7 +183,7 @@ def example(store: Store) -> dict[str, Any]:
 
 def watch(search: Search) -> Iterator[dict[str, Any]]:
     """What is seen of a search whenever it changes, until it has ended."""
-    shown = search.seen
+    shown = None
     while True:
         running, seen = search.running, search.seen
         if seen is not shown:
@@ -235,7 +235,7 @@ def answer_table(seen: dict[str, Any]) -> str:
         cells = [Cell(row["answer"], 0, f"{row['question']} Right: {row['answer']}. Before: {before}. After: {after}")]
         changed = "after" in row and row["after"] != row["before"]
         cells += [
-            Cell(row.get(when, "..."), changed and when == "after", cells[0].tip, words=True)
+            Cell(row.get(when, "..."), float(changed and when == "after"), cells[0].tip, words=True)
             for when in ("before", "after")
         ]
         rows.append((row["question"], cells))
