@@ -10,7 +10,9 @@
 
 import html
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +54,7 @@ CSS = """
 .lab-scroll thead th:first-child { z-index: 2; }
 .lab-scroll table:has(.words) { width: 100%; }
 .lab-scroll td.words { text-align: left; white-space: normal; max-width: none; min-width: 18em; width: 100%; }
+.lab-scroll td.heat.words { min-width: 9em; max-width: 24em; width: auto; }
 .lab-key { font-size: var(--text-sm); display: flex; gap: 1.5em; }
 .lab-key span::before { content: ""; display: inline-block; width: 2em; margin-right: .4em; vertical-align: middle;
   border-top: 2px var(--lab-dash) var(--lab-line); }
@@ -204,7 +207,8 @@ def line_chart(
         axis (`str`, *optional*, defaults to `"layer"`): What a step is.
         first (`int`, *optional*, defaults to 0): Number of the first step.
         length (`int`, *optional*, defaults to 0): Steps that the chart has room for, where more are to come.
-        dots (`Sequence[Sequence[float]]`, *optional*): At each step, values that are shown as dots.
+        dots (`Sequence[Sequence[float]]`, *optional*): At each step, values that are shown as dots,
+            larger where several are equal.
         band (`Sequence[tuple[float, float]]`, *optional*): At each step, the ends of what is shaded.
         tips (`Sequence[str]`, *optional*): At each step, what is told beside the values of the lines.
     """
@@ -231,8 +235,9 @@ def line_chart(
     if edge:
         parts.append(f'<polygon points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in edge)}"/>')
     for step, some in enumerate(dots):
-        places = [place(step, value) for value in some]
-        parts += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
+        for value, count in Counter(some).items():
+            x, y = place(step, value)
+            parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{min(2.5 * math.sqrt(count), 9):.1f}"/>')
     for at, (_, line) in enumerate(lines):
         points = [place(step, value) for step, value in enumerate(line)]
         parts.append(f'<polyline class="lab-{at}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')

@@ -21,8 +21,8 @@ from views import POINT, Cell, heat_map, key, line_chart, note, read_example, vi
 TITLE = "ESSA"
 INTRO = """\
 ESSA gives a small trained adapter (LoRA) other singular values and keeps those whose answers earn more reward; no
-gradient is computed. Each dot of the left chart is a candidate's mean reward in one generation, and the table below it
-marks the held-out answers that the search has changed.
+gradient is computed. A dot of the first chart is a candidate's mean reward in one generation (a larger dot: several),
+and the table marks the held-out answers that the search has changed.
 
 Paper: ESSA, [arXiv 2507.04453](https://arxiv.org/abs/2507.04453).
 """
@@ -75,8 +75,16 @@ def build(store: Store) -> None:
     gr.Markdown(INTRO)
     with gr.Row():
         model = gr.Textbox(store.default, label="Model", info="a Hub id, a folder, or smollm2", min_width=200)
-        task = gr.Dropdown([(task.title, name) for name, task in TASKS.items()], value=start_with.task, label="Task")
-        reward = gr.Dropdown(_rewards(start_with.task), value=start_with.reward, label="Reward", info="what counts")
+        task = gr.Dropdown(
+            [(task.title, name) for name, task in TASKS.items()],
+            value=start_with.task,
+            label="Task",
+            info="drawn anew, with exact answers",
+            min_width=240,
+        )
+        reward = gr.Dropdown(
+            _rewards(start_with.task), value=start_with.reward, label="Reward", info="what counts", min_width=240
+        )
     with gr.Row(visible=False) as lengths:
         min_tokens = _number(start_with.min_tokens, "Tokens at least", "min_tokens")
         max_tokens = _number(start_with.max_tokens, "Tokens at most", "max_tokens")
@@ -208,7 +216,7 @@ def reward_charts(seen: dict[str, Any]) -> str:
     axes: dict[str, Any] = {"axis": "generation", "first": 1, "length": seen["planned"]}
     best, mean = [max(one) for one in rewards], [float(np.mean(one)) for one in rewards]
     population = line_chart(
-        "Reward of the candidates; shaded: the middle half",
+        "Rewards of the population; shaded: its middle half",
         [("best", best), ("mean", mean)],
         dots=rewards,
         band=middle,
@@ -232,14 +240,15 @@ def answer_table(seen: dict[str, Any]) -> str:
     rows = []
     for row in seen["answers"]:
         before, after = (_said(row, when) for when in ("before", "after"))
-        cells = [Cell(row["answer"], 0, f"{row['question']} Right: {row['answer']}. Before: {before}. After: {after}")]
+        tip = f"{row['question']} Right: {row['answer']}. Before: {before}. After: {after}."
         changed = "after" in row and row["after"] != row["before"]
-        cells += [
-            Cell(row.get(when, "..."), float(changed and when == "after"), cells[0].tip, words=True)
-            for when in ("before", "after")
+        cells = [
+            Cell(row["before"], 0, tip, words=True),
+            Cell(row.get("after", "..."), float(changed), tip, words=True),
+            Cell(row["question"], 0, ""),
         ]
-        rows.append((row["question"], cells))
-    return heat_map("question", ["right answer", "before", "after"], rows, label="Answers before and after")
+        rows.append((row["answer"], cells))
+    return heat_map("right answer", ["before", "after", "question"], rows, label="Answers before and after")
 
 
 def _said(row: dict[str, Any], when: str) -> str:
