@@ -1,9 +1,10 @@
-"""Publishing: proof that a saved folder loads where hf_ext is absent, and the model card that goes with it.
+"""Publishing: proof that a saved folder loads where hf_ext is absent, the model card that goes with it, and Spaces.
 
 - `verify` trusts nothing that this process knows: it loads in another one, without our packages and without the Hub.
   What the files themselves tell is checked first: it costs no process, and the message names the file.
 - The words of a card are written once, in `model_cards/<system>.md`; its figures come from the files that recipes
   write. `model_cards/` lies beside this package, in a checkout as in an installed wheel.
+- A Space is like a saved model: our code travels with it, so it needs no index or repository that holds hf_ext.
 - Nothing here loads torch.
 """
 
@@ -11,17 +12,20 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, RepoCard, SpaceCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from packaging.requirements import Requirement
 from safetensors import SafetensorError, safe_open
 
 
@@ -30,6 +34,17 @@ _CARD_FIELDS = ("title", "arxiv", "classes", "status", "summary")
 _RESULT_FIELDS = ("recipe", "command", "date", "budget", "device", "rows")
 _PIPELINE_TAGS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 _NO_LIMITS = "A research model: outside of what is measured above, nothing is known about it."
+_NO_FILES = shutil.ignore_patterns(".*", "__pycache__", "*.part", "*.pyc")
+_SPACE_SYSTEM = {"os_name": "posix", "platform_system": "Linux", "sys_platform": "linux"}
+_ONE_PAGE = '''"""This Space shows the page {page!r}; app.py has the others too."""
+
+import sys
+
+from app import main
+
+
+sys.exit(main(["--only", {page!r}]))
+'''
 
 # runs in the clean process; the last line that it prints is the report
 _PROBE = """
@@ -317,6 +332,105 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def push_space(
+    repo_id: str,
+    folder: str | os.PathLike[str] | None = None,
+    only: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """
+    Upload the lab, or another folder with a Gradio app, as a Space; pushed again, the Space becomes what is there now.
+
+    The Space gets the folder's files; hf_ext and trainers as they are here, where requirements.txt names hf_ext, with
+    what the named extras need in place of that line; and the version of the installed gradio in its front matter.
+    Files of the Space that are not among these are deleted.
+
+    Args:
+        repo_id (`str`): As "user/name"; made if it does not exist.
+        folder (`str` or `os.PathLike`, *optional*, defaults to the `spaces/lab` of this checkout):
+            Holds README.md with the front matter of a Space, and app.py.
+        only (`str`, *optional*): The page to show, one of the folder's `pages`; by default all.
+        private (`bool`, *optional*): Whether a new Space is private; by default as the account makes them.
+        token (`str` or `bool`, *optional*): By default that of `hf auth login`.
+
+    Returns:
+        `str`: The address of the Space.
+
+    Raises:
+        ValueError: for an id that cannot be one, a folder that is no Space, or a page that it lacks.
+        ImportError: without gradio, whose version the Space is to have.
+
+    Example:
+
+    ```python
+    from hf_ext import hub
+
+    hub.push_space("you/essa", only="essa")
+    ```
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f'`repo_id` must be like "user/name", got {repo_id!r} ({error})') from error
+    here = Path(__file__).resolve().parent.parent
+    root = here / "spaces" / "lab" if folder is None else Path(folder)
+    lacking = [name for name in ("README.md", "app.py") if not (root / name).is_file()]
+    if lacking:
+        raise ValueError(
+            f"`folder` must be that of a Gradio Space, got {str(root)!r} without {' and '.join(lacking)}. Give the "
+            "path of spaces/lab in a checkout of hf_ext, or a Space of your own."
+        )
+    pages = sorted(path.stem for path in (root / "pages").glob("*.py"))
+    if only is not None and only not in pages:
+        raise ValueError(f"`only` must be a page of {root}, one of {', '.join(pages) or '(none)'}, got {only!r}.")
+    try:
+        sdk_version = metadata.version("gradio")
+    except metadata.PackageNotFoundError as error:
+        raise ImportError('A Space needs gradio: pip install "hf_ext[demo]"') from error
+    with tempfile.TemporaryDirectory(prefix="hf_ext-space-") as place:
+        space = Path(place)
+        shutil.copytree(root, space, ignore=_NO_FILES, dirs_exist_ok=True)
+        card = SpaceCard((root / "README.md").read_text(encoding="utf-8"))
+        card.data.sdk, card.data.sdk_version, card.data.app_file = "gradio", sdk_version, "app.py"
+        if only:
+            card.data.app_file, card.data.title = f"app_{only}.py", f"{card.data.title}: {only}"
+            (space / f"app_{only}.py").write_text(_ONE_PAGE.format(page=only), encoding="utf-8")
+        card.save(space / "README.md")
+        _bring_ours(space, here)
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, repo_type="space", folder_path=space, delete_patterns="*")
+    return str(url)
+
+
+def _bring_ours(space: Path, here: Path) -> None:
+    """Our packages into a Space whose requirements name hf_ext, and what they need instead of its line."""
+    file = space / "requirements.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    ours = [line for line in lines if re.match(r"hf[_-]ext\b", line)]
+    if not ours:
+        return
+    needed = {line for name in ours for line in _needs(Requirement(name).extras)}
+    others = [line for line in lines if line not in ours]
+    file.write_text("\n".join([*others, *sorted(needed, key=str.lower)]) + "\n", encoding="utf-8")
+    for package in _OURS:
+        shutil.copytree(here / package, space / package, ignore=_NO_FILES)
+
+
+def _needs(extras: Collection[str]) -> Iterator[str]:
+    """What hf_ext needs with some extras, on the Linux of a Space, which brings gradio itself."""
+    for line in metadata.requires("hf_ext") or []:
+        needed = Requirement(line)
+        if needed.marker and not any(needed.marker.evaluate({**_SPACE_SYSTEM, "extra": e}) for e in extras or [""]):
+            continue
+        needed.marker = None
+        if needed.name == "hf_ext":
+            yield from _needs(needed.extras)
+        elif needed.name != "gradio":
+            yield str(needed)
 
 
 def _short(value: Any) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 
 import gradio as gr
 import torch
-from pages import lens, lime
+from pages import essa, lens, lime
 from store import Store
 from views import CSS, THEME, write_example
 
 
-PAGES = {"lens": lens, "lime": lime}
+PAGES = {"lens": lens, "lime": lime, "essa": essa}
 LAUNCH: dict[str, Any] = {"theme": THEME, "css": CSS, "footer_links": []}
 PORT = 7860
 
@@ -48,6 +48,8 @@ def build_demo(model: str = "smollm2", only: str | None = None) -> gr.Blocks:
         for name in [only] if only else PAGES:
             with gr.Tab(PAGES[name].TITLE, id=name):
                 PAGES[name].build(store)
+        if only in (None, "essa"):
+            demo.unload(essa.leave)
     return demo
 
 

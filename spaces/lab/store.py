@@ -148,6 +148,12 @@ class Store:
 
             return self._keep((plain.name, "lime"), convert)
 
+    def copy(self, name: str) -> Loaded:
+        """A model in float32 for one caller, who may change it; loaded anew and not kept."""
+        name = name.strip() or self.default
+        with self._lock:  # loading sets torch's default dtype, for all threads: never two at once
+            return Loaded(name, *tiny.load(name, dtype="float32"))
+
     def __len__(self) -> int:
         return len(self._models)
 

@@ -10,7 +10,9 @@
 
 import html
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +54,7 @@ CSS = """
 .lab-scroll thead th:first-child { z-index: 2; }
 .lab-scroll table:has(.words) { width: 100%; }
 .lab-scroll td.words { text-align: left; white-space: normal; max-width: none; min-width: 18em; width: 100%; }
+.lab-scroll td.heat.words { min-width: 9em; max-width: 24em; width: auto; }
 .lab-key { font-size: var(--text-sm); display: flex; gap: 1.5em; }
 .lab-key span::before { content: ""; display: inline-block; width: 2em; margin-right: .4em; vertical-align: middle;
   border-top: 2px var(--lab-dash) var(--lab-line); }
@@ -67,6 +70,8 @@ CSS = """
 .lab-charts polyline { fill: none; stroke: var(--lab-line); stroke-width: 2; }
 .lab-charts polyline.lab-0 { stroke-dasharray: 5 3; }
 .lab-charts circle { fill: var(--lab-line); }
+.lab-charts polygon { fill: var(--lab-heat); fill-opacity: .25; }
+.lab-charts circle.dot { fill: var(--lab-heat); fill-opacity: .55; }
 .lab-charts rect { fill: transparent; }
 .lab-charts rect.at { fill: var(--lab-heat); fill-opacity: .35; outline: none; }
 .lab-view summary { cursor: pointer; padding: 6px 0; }
@@ -97,11 +102,12 @@ forward();
 
 
 class Cell(NamedTuple):
-    """Text, colour in [0, 1], and what the line above says about it."""
+    """Text, colour in [0, 1], and what the line above says about it; `words` may be long."""
 
     text: str
     heat: float
     tip: str
+    words: bool = False
 
 
 def view(value: str, label: str) -> gr.HTML:
@@ -158,11 +164,11 @@ def heat_map(
 def table(
     corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], *, label: str, start: int = 0
 ) -> str:
-    """`heat_map` without the line above it; a cell without heat or tip is plain words."""
+    """`heat_map` without the line above it; a cell without a tip is plain words."""
     heads = "".join(f'<th scope="col"{_place(at, start)}>{html.escape(name)}</th>' for at, name in enumerate(columns))
     body = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th>'
-        + "".join(f"<td {_heat(cell) if cell.tip else _WORDS}>{html.escape(cell.text)}</td>" for cell in cells)
+        + "".join(f"<td {_heat(cell)}>{html.escape(cell.text)}</td>" for cell in cells)
         + "</tr>"
         for name, cells in rows
     )
@@ -181,40 +187,69 @@ def key(names: Sequence[str]) -> str:
     )
 
 
-def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> str:
+def line_chart(
+    title: str,
+    lines: Sequence[tuple[str, Sequence[float]]],
+    *,
+    axis: str = "layer",
+    first: int = 0,
+    length: int = 0,
+    dots: Sequence[Sequence[float]] = (),
+    band: Sequence[tuple[float, float]] = (),
+    tips: Sequence[str] = (),
+) -> str:
     """
-    A small chart over layers, as wide as it may be, at most two lines; an empty line is left out.
+    A small chart over layers or other steps, as wide as it may be, at most two lines; an empty line is left out.
 
     Args:
         title (`str`): What is measured, with its unit.
-        lines (`Sequence[tuple[str, Sequence[float]]]`): Name and a value for each layer; the first is dashed.
+        lines (`Sequence[tuple[str, Sequence[float]]]`): Name and a value for each step; the first is dashed.
+        axis (`str`, *optional*, defaults to `"layer"`): What a step is.
+        first (`int`, *optional*, defaults to 0): Number of the first step.
+        length (`int`, *optional*, defaults to 0): Steps that the chart has room for, where more are to come.
+        dots (`Sequence[Sequence[float]]`, *optional*): At each step, values that are shown as dots,
+            larger where several are equal.
+        band (`Sequence[tuple[float, float]]`, *optional*): At each step, the ends of what is shaded.
+        tips (`Sequence[str]`, *optional*): At each step, what is told beside the values of the lines.
     """
     left, top, width, height = 44, 8, 268, 112
-    values = [value for _, line in lines for value in line]
+    values = [value for line in (*(line for _, line in lines), *dots) for value in line]
     low, high = min(values), max(values)
-    low, high = (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
-    last = max(len(line) for _, line in lines) - 1
+    if high - low < 1e-6:
+        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+    steps = max(len(line) for _, line in lines)
+    last = max(steps, length) - 1
 
-    def place(layer: int, value: float) -> tuple[float, float]:
-        return left + width * layer / max(last, 1), top + height * (high - value) / (high - low)
+    def place(step: int, value: float) -> tuple[float, float]:
+        return left + width * step / max(last, 1), top + height * (high - value) / (high - low)
 
     parts = []
     for value in (low, (low + high) / 2, high):
         y = place(0, value)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-    parts.append(f'<text x="{left}" y="{top + height + 18}" text-anchor="middle">0</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">layer</text>')
-    parts.append(f'<text x="{left + width}" y="{top + height + 18}" text-anchor="middle">{last}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for x, text in ((left, first), (left + width / 2, axis), (left + width, first + last)):
+        parts.append(f'<text x="{x}" y="{top + height + 18}" text-anchor="middle">{html.escape(str(text))}</text>')
+    edge = [place(step, below) for step, (below, _) in enumerate(band)]
+    edge += [place(step, above) for step, (_, above) in reversed(list(enumerate(band)))]
+    if edge:
+        parts.append(f'<polygon points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in edge)}"/>')
+    for step, some in enumerate(dots):
+        for value, count in Counter(some).items():
+            x, y = place(step, value)
+            parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{min(2.5 * math.sqrt(count), 9):.1f}"/>')
     for at, (_, line) in enumerate(lines):
-        points = [place(layer, value) for layer, value in enumerate(line)]
+        points = [place(step, value) for step, value in enumerate(line)]
         parts.append(f'<polyline class="lab-{at}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
         parts += [f'<circle class="lab-{at}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points]
-    step = width / max(last, 1)
-    for layer in range(last + 1):  # lines may lie on one another, so each layer is pointed at as a whole
-        shown = ", ".join(f"{name} {line[layer]:.3f}" for name, line in lines if line)
-        tip, x = html.escape(f"{title}, layer {layer}: {shown}"), place(layer, low)[0] - step / 2
-        parts.append(f'<rect x="{x:.1f}" y="{top}" width="{step:.1f}" height="{height}" data-tip="{tip}"/>')
+    wide = width / max(last, 1)
+    for step in range(steps):  # lines may lie on one another, so each step is pointed at as a whole
+        shown = ", ".join(f"{name} {line[step]:.3f}" for name, line in lines if line)
+        tip = f"{title}, {axis} {first + step}: {shown}{tips[step] if tips else ''}"
+        x = place(step, low)[0] - wide / 2
+        parts.append(
+            f'<rect x="{x:.1f}" y="{top}" width="{wide:.1f}" height="{height}" data-tip="{html.escape(tip)}"/>'
+        )
     title = html.escape(title)
     return (
         f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 324 142" role="img" aria-label="{title}">'
@@ -222,16 +257,15 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> str:
     )
 
 
-_WORDS = 'class="words"'
-
-
 def _place(at: int, start: int) -> str:
     return (" data-start" if at == start - 1 else "") + (' class="strong"' if 0 < start <= at else "")
 
 
 def _heat(cell: Cell) -> str:
-    share = round(100 * min(max(cell.heat, 0.0), 1.0))
-    return f'class="heat" style="--p:{share}" data-tip="{html.escape(cell.tip)}"'
+    if not cell.tip:
+        return 'class="words"'
+    share, kind = round(100 * min(max(cell.heat, 0.0), 1.0)), "heat words" if cell.words else "heat"
+    return f'class="{kind}" style="--p:{share}" data-tip="{html.escape(cell.tip)}"'
 
 
 def read_example(page: str) -> dict[str, Any]:
