@@ -295,3 +295,37 @@ def test_export_wants_a_peft_model_and_a_known_adapter(steer, tiny_model):
         export_model(tiny_model("llama"))
     with pytest.raises(ValueError, match="`adapter_name` must be one of default, got 'math'"):
         export_model(steer().model, ["math"])
+
+
+# a Hub
+
+PUSH = """
+from peft import PeftModel
+import hf_ext
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({files!r} + "/base")
+model = PeftModel.from_pretrained(base, {files!r} + "/adapter")
+model.push_to_hub("tester/vectors")
+# with hf_ext an adapter of the Hub is loaded like any other
+again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({files!r} + "/base"), "tester/vectors")
+assert again.peft_config["default"].peft_type == "STEERING"
+"""
+PULL = """
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({files!r} + "/base")
+model = PeftModel.from_pretrained(base, "tester/vectors", subfolder="beft").eval()
+with torch.no_grad():
+    save_file({{"logits": model(input_ids=torch.arange(2, 16).view(2, 7)).logits}}, {out!r})
+"""
+
+
+def test_a_pushed_adapter_is_loaded_from_the_hub_with_and_without_hf_ext(files, loopback_hub, run_python, tmp_path):
+    out = tmp_path / "logits.safetensors"
+    run_python(PUSH.format(files=str(files[0])), env=loopback_hub.env, block=())
+    run_python(PULL.format(files=str(files[0]), out=str(out)), env=loopback_hub.env)
+    torch.testing.assert_close(load_file(out)["logits"], files[1], **CLOSE)
