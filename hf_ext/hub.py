@@ -394,9 +394,10 @@ def push_space(
         space = Path(place)
         shutil.copytree(root, space, ignore=_NO_FILES, dirs_exist_ok=True)
         card = SpaceCard((root / "README.md").read_text(encoding="utf-8"))
-        card.data.sdk, card.data.sdk_version, card.data.app_file = "gradio", sdk_version, "app.py"
+        data: Any = card.data
+        data.sdk, data.sdk_version, data.app_file = "gradio", sdk_version, "app.py"
         if only:
-            card.data.app_file, card.data.title = f"app_{only}.py", f"{card.data.title}: {only}"
+            data.app_file, data.title = f"app_{only}.py", f"{data.title}: {only}"
             (space / f"app_{only}.py").write_text(_ONE_PAGE.format(page=only), encoding="utf-8")
         card.save(space / "README.md")
         _bring_ours(space, here)

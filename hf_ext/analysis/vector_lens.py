@@ -91,7 +91,8 @@ def vector_lens(
         raise ValueError(f"`top_k` must be in [1, {size}], got {top_k}.")
     _check(vector, rows.shape[1], "vector")
     if fold_norm:
-        rows = rows * model.get_submodule(prefix + family.final_norm).weight.detach().float()
+        norm: Any = model.get_submodule(prefix + family.final_norm)
+        rows = rows * norm.weight.detach().float()
     direction = vector.detach().to(rows.device, torch.float32)
     dots = rows[:size] @ direction
     lengths = rows[:size].norm(dim=1) * direction.norm()

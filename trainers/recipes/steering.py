@@ -187,7 +187,7 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
         logging_steps=max(1, settings["steps"] // 20),
         report_to="none",
     )
-    layers = {"layer0": [0], "layer1": [1], "layer2": [2]}.get(kind)
+    layers: Any = {"layer0": [0], "layer1": [1], "layer2": [2]}.get(kind)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = {"full": None, "lora": LoraConfig(r=4, lora_alpha=8, target_modules=targets)}
     trainer = (GRPOTrainer if kind in adapter else SteeringRLTrainer)(

@@ -136,7 +136,8 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
     model = kind[1](kind[0](vocab_size=len(tokenizer), **SHAPE, **tokens))
     with torch.no_grad():  # else what layers write at first drowns the embeddings, and nothing is copied for long
         model.model.embed_tokens.weight.mul_(3)
-        for layer in model.model.layers:
+        layers: Any = model.model.layers
+        for layer in layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     held_out = stories_of(tokenizer, items, HELD_OUT_SEED)

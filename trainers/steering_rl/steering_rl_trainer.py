@@ -66,6 +66,7 @@ class SteeringRLTrainer(GRPOTrainer):
     ```
     """
 
+    optimizer: Any
     _tag_names = ["hf_ext", "steering", "steering-rl"]
     _name = "Steering-RL"
     _paper = {"title": "Steering LLM Reasoning Through Bias-Only Adaptation", "id": "2505.18706"}
@@ -138,7 +139,7 @@ class SteeringRLTrainer(GRPOTrainer):
         return self._stream_norms
 
     def _prompt_ids(self, prompt: Any) -> torch.Tensor:
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         else:
@@ -155,7 +156,9 @@ class SteeringRLTrainer(GRPOTrainer):
             groups = []
             for module in policy.modules():
                 if isinstance(module, SteeringLayer):
-                    factor = min(max(norms[layer_of(module.name)] / first, 1.0), LARGEST_FACTOR)
+                    # `vectors` has refused an adapter with more than one vector in a layer, or outside of layers
+                    norm = norms[layer_of(module.name)]  # type: ignore[index]
+                    factor = min(max(norm / first, 1.0), LARGEST_FACTOR)
                     vectors = [vector for vector in module.steering_bias.values() if vector.requires_grad]
                     groups.append({"params": vectors, "lr": self.args.learning_rate * factor})
             self.optimizer = kind(groups, **options | {"weight_decay": self.args.weight_decay})
@@ -226,9 +229,8 @@ def _checked(function: Any) -> Any:
     """A reward function whose NaN and infinite values are errors; models, and ids of models, are left alone."""
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
-    name = getattr(function, "__name__", None) or getattr(
-        getattr(function, "func", function), "__name__", type(function).__name__
-    )
+    named = function if hasattr(function, "__name__") else getattr(function, "func", function)  # of a partial
+    name: str = getattr(named, "__name__", type(named).__name__)
 
     def finite(values: Any) -> Any:
         for row, value in enumerate(values):
