@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from hf_ext.tasks import chat, expressions, word_problems
 from trainers.essa import ESSAConfig
-from trainers.essa.cli import task_reward, task_rows
 from trainers.rewards import exact_reward, instruction_reward, json_reward, last_number_reward, length_reward
 from trainers.rewards.instructions import CHECKS
+from trainers.script import task_reward, task_rows
 
 
 ROWS_AT_ONCE = 128  # of one call of generate
