@@ -12,6 +12,7 @@ from hf_ext._registration import register_models
 
 if TYPE_CHECKING:
     from hf_ext.lime import LimeConfig, LimeForCausalLM, LimeModel, lime_param_groups
+    from hf_ext.sae import SAEConfig, SAEModel, SparseCodes
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -19,6 +20,9 @@ __getattr__, __dir__, __all__ = attach(
         "LimeConfig": "hf_ext.lime",
         "LimeForCausalLM": "hf_ext.lime",
         "LimeModel": "hf_ext.lime",
+        "SAEConfig": "hf_ext.sae",
+        "SAEModel": "hf_ext.sae",
+        "SparseCodes": "hf_ext.sae",
         "lime_param_groups": "hf_ext.lime",
     },
 )

@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 
 MODELS = [
     Entry("lime", "hf_ext.lime", "LimeConfig", {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"}),
+    Entry("sae", "hf_ext.sae", "SAEConfig", {"AutoModel": "SAEModel"}),
 ]
 
 

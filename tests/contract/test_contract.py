@@ -39,8 +39,10 @@ class Case(NamedTuple):
 DECODER = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = {"input_ids": torch.arange(24).view(2, 12)}
+ACTIVATIONS = {"x": torch.linspace(-3, 3, 72).sin().view(2, 3, 12)}
 CASES = [
     Case("lime", "LimeForCausalLM", {**DECODER, **GROUPED}, ("AutoModel", "AutoModelForCausalLM"), TOKENS),
+    Case("hierarchical_topk", "SAEModel", {"d_in": 12, "d_sae": 50, "k": 4}, ("AutoModel",), ACTIVATIONS),
 ]
 AUTOS = [(case, auto) for case in CASES for auto in case.auto]
 ROOT = Path(__file__).resolve().parents[2]
