@@ -28,25 +28,26 @@ class SAEConfig(PreTrainedConfig):
     r"""
     Configuration of a sparse autoencoder of activations x of width D = `d_in`, with F = `d_sae` latents:
 
-        x' = norm(x),   u = W_enc (x' - beta b_dec) + b_enc,   v = activation(u),   x^ = norm^-1(sum_i v_i W_dec[i] + b_dec)
+        x' = norm(x),   u = W_enc (x' - beta b_dec) + b_enc,   v = activation(u),
+        x^ = norm^-1(sum_i v_i W_dec[i] + b_dec)
 
-    | activation | which latents are active |
-    |---|---|
-    | `topk` | the k = `k` largest u of each token, where positive |
-    | `batchtopk` | in training the `k` * B largest positive u of a batch of B tokens; in evaluation those above a single threshold, which training estimates |
-    | `jumprelu` | those with u > theta_i, one learned threshold for each latent |
-    | `relu` | those with u > 0 |
+    - `topk`: the k = `k` largest u of each token are active, where positive;
+    - `batchtopk`: in training the `k` * B largest positive u of a batch of B tokens; in evaluation those above one
+      threshold, which training estimates;
+    - `jumprelu`: those with u > theta_i, one learned threshold for each latent;
+    - `relu`: those with u > 0.
 
     Whatever the activation, a call may ask for the k' largest of a token. Sources: TopK as in HierarchicalTopK (arXiv
     2505.24473), which makes one SAE good at every k' <= K; BatchTopK (arXiv 2412.06410); JumpReLU (arXiv 2407.14435).
 
     Args:
-        d_in (`int`): Width D of the activations.
-        d_sae (`int`): Number F of latents.
+        d_in (`int`, *optional*, defaults to 2304): Width D of the activations.
+        d_sae (`int`, *optional*, defaults to 65536): Number F of latents.
         k (`int` or `float`, *optional*): Active latents of a token: K of `topk`, the mean of `batchtopk` (which may be
-            a fraction). None for `jumprelu` and `relu`.
+            a fraction), by default 128 as in HierarchicalTopK, or `d_sae` where that is less. None for `jumprelu` and
+            `relu`.
         activation (`str`, *optional*, defaults to `"topk"`): `"topk"`, `"batchtopk"`, `"jumprelu"` or `"relu"`.
-        apply_b_dec_to_input (`bool`, *optional*, defaults to `True`): beta above: whether the encoder reads x' - b_dec.
+        apply_b_dec_to_input (`bool`, *optional*, defaults to `True`): beta: whether the encoder reads x' - b_dec.
         normalize_decoder (`bool`, *optional*, defaults to `True`): Whether training keeps the rows of W_dec at norm 1.
         input_norm (`str`, *optional*, defaults to `"none"`): `"none"`; `"scalar"`, x' = `input_scale` * x; or
             `"layer_norm"`, x' = (x - mean) / (standard deviation + 1e-5) of each token, undone on the output.
@@ -75,8 +76,8 @@ class SAEConfig(PreTrainedConfig):
     model_type = "sae"
     _auto_class = "AutoConfig"
 
-    d_in: int = 768
-    d_sae: int = 16384
+    d_in: int = 2304
+    d_sae: int = 65536
     k: int | float | None = None
     activation: Literal["topk", "batchtopk", "jumprelu", "relu"] = "topk"
     apply_b_dec_to_input: bool = True
@@ -101,6 +102,8 @@ class SAEConfig(PreTrainedConfig):
             own = [option for option in known if option in type(self).__annotations__]
             hint = f"Did you mean `{near[0]}`?" if near else f"The options are {', '.join(own)}."
             raise ValueError(f"`{name}` is not an option of {type(self).__name__}, got {kwargs[name]!r}. {hint}")
+        if self.k is None and self.activation in ("topk", "batchtopk"):
+            self.k = min(128, self.d_sae)
         super().__post_init__(**kwargs)
         # written by every save, so that a saved model loads where hf_ext is not installed
         self.auto_map = {"AutoConfig": "configuration_sae.SAEConfig", "AutoModel": "modeling_sae.SAEModel"}
@@ -130,7 +133,7 @@ class SAEConfig(PreTrainedConfig):
                     "call: sae.encode(x, k=...)."
                 )
             return
-        if self.k is None or not 0 < self.k <= self.d_sae:
+        if not 0 < self.k <= self.d_sae:
             raise ValueError(
                 f"`k` must be in [1, d_sae={self.d_sae}] for activation={self.activation!r}, got {self.k}. "
                 "Lower `k` or raise `d_sae`."

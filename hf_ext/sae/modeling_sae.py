@@ -4,8 +4,7 @@
   are active is found without gradient, a chunk of tokens at a time; gradients then flow through these entries alone,
   which is exact, since every other latent's is 0.
 - Matrices are stored as rows of latents, [F, D], so that a latent is one contiguous piece.
-- `normalize`, `remove_parallel_gradient_` and `constrain_` are what a training loop needs besides; a trainer that knows
-  nothing of our classes can call them too.
+- `normalize`, `remove_parallel_gradient_` and `constrain_` are what a training loop needs besides.
 - This file travels to the Hub with configuration_sae.py and sparse_ops.py, and imports nothing else of ours.
 """
 
@@ -275,11 +274,13 @@ class SAEModel(PreTrainedModel):
         positive = values[values > 0]
         if len(positive):
             least = positive.min()
-            self.threshold.copy_(torch.where(self.threshold < 0, least, torch.lerp(self.threshold, least, THRESHOLD_RATE)))
+            self.threshold.copy_(
+                torch.where(self.threshold < 0, least, torch.lerp(self.threshold, least, THRESHOLD_RATE))
+            )
 
 
 class _JumpReLU(torch.autograd.Function):
-    """z = u [u > theta] and gate = [u > theta], with straight-through gradients in theta (arXiv 2407.14435, eq. 11-12).
+    """z = u [u > theta] and gate = [u > theta], with the straight-through gradients of arXiv 2407.14435 in theta:
 
     dz/dtheta = -(theta / epsilon) R((u - theta) / epsilon), dgate/dtheta = -(1 / epsilon) R(.), where R is 1 on
     (-1/2, 1/2) and 0 elsewhere.
@@ -352,13 +353,13 @@ def _largest_of_batch(
         kept = values.topk(min(total, len(values)))
         values, places = kept.values, places[kept.indices]
     values, places = values[values > 0], places[values > 0]
-    rows, order = torch.sort(places // latents, stable=True)  # within a row still by value
-    counts = torch.bincount(rows, minlength=len(x))
-    columns = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
+    owners, order = torch.sort(places // latents, stable=True)  # within a row still by value
+    counts = torch.bincount(owners, minlength=len(x))
+    columns = torch.arange(len(owners), device=x.device) - (counts.cumsum(0) - counts)[owners]
     width = max(int(counts.max()), 1) if len(counts) else 1
     found = weight.new_zeros(len(x), width)
     indices = torch.zeros(len(x), width, dtype=torch.long, device=x.device)
-    found[rows, columns], indices[rows, columns] = values[order], places[order] % latents
+    found[owners, columns], indices[owners, columns] = values[order], places[order] % latents
     return found, indices
 
 

@@ -207,8 +207,8 @@ def _sparse_dots(pattern: Pattern, dense: torch.Tensor, weight: torch.Tensor) ->
 
 def _sparse_segments(pattern: Pattern, values: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     if not pattern.is_dense:
-        places, rows, starts = pattern.by_latent
-        return _embedding_bag(rows, starts, values[places], dense)
+        places, owners, starts = pattern.by_latent
+        return _embedding_bag(owners, starts, values[places], dense)
     out = dense.new_zeros(pattern.num_latents, dense.shape[1])
     for rows, entries in pattern.row_chunks(dense.dtype):
         out.addmm_(_dense_rows(pattern, values, rows, entries).T, dense[rows])
@@ -263,7 +263,7 @@ def choose(device: torch.device) -> Ops:
 
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Force an implementation of the sparse products while the block runs: "reference", "sparse" or a registered one."""
+    """Force an implementation of the products while the block runs: "reference", "sparse" or a registered one."""
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"`name` must be one of {', '.join(_IMPLEMENTATIONS)}, got {name!r}.")
     _forced.append(name)

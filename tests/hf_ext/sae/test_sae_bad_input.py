@@ -13,7 +13,6 @@ from hf_ext.sae import SAEConfig, SAEModel
     [
         ({"d_in": 0}, "`d_in` must be at least 1, got 0"),
         ({"d_sae": 0}, "`d_sae` must be at least 1, got 0"),
-        ({"k": None}, r"`k` must be in \[1, d_sae=40\] for activation='topk', got None"),
         ({"k": 41}, r"`k` must be in \[1, d_sae=40\].*got 41. Lower `k` or raise `d_sae`"),
         ({"k": 0}, "got 0"),
         ({"k": 2.5}, "`k` must be a whole number for activation='topk', got 2.5"),
