@@ -12,7 +12,7 @@ from hf_ext._registration import register_models
 
 if TYPE_CHECKING:
     from hf_ext.lime import LimeConfig, LimeForCausalLM, LimeModel, lime_param_groups
-    from hf_ext.sae import SAEConfig, SAEModel, SparseCodes
+    from hf_ext.sae import SAEConfig, SAEModel, SparseCodes, hierarchical_loss
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = attach(
         "SAEConfig": "hf_ext.sae",
         "SAEModel": "hf_ext.sae",
         "SparseCodes": "hf_ext.sae",
+        "hierarchical_loss": "hf_ext.sae",
         "lime_param_groups": "hf_ext.lime",
     },
 )

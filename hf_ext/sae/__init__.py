@@ -7,6 +7,7 @@ from hf_ext._lazy import attach
 
 if TYPE_CHECKING:
     from hf_ext.sae.configuration_sae import SAEConfig
+    from hf_ext.sae.losses import auxk_loss, hierarchical_loss, matryoshka_loss, multi_topk_loss, reconstruction_loss
     from hf_ext.sae.modeling_sae import SAEModel, SAEOutput
     from hf_ext.sae.sparse_ops import SparseCodes
 
@@ -17,5 +18,10 @@ __getattr__, __dir__, __all__ = attach(
         "SAEModel": "hf_ext.sae.modeling_sae",
         "SAEOutput": "hf_ext.sae.modeling_sae",
         "SparseCodes": "hf_ext.sae.sparse_ops",
+        "auxk_loss": "hf_ext.sae.losses",
+        "hierarchical_loss": "hf_ext.sae.losses",
+        "matryoshka_loss": "hf_ext.sae.losses",
+        "multi_topk_loss": "hf_ext.sae.losses",
+        "reconstruction_loss": "hf_ext.sae.losses",
     },
 )

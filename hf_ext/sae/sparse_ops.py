@@ -42,6 +42,7 @@ class Pattern:
 
     def __init__(self, indices: torch.Tensor, offsets: torch.Tensor, num_latents: int) -> None:
         self.indices, self.offsets, self.num_latents = indices, offsets, num_latents
+        self._coarser: Pattern | None = None
 
     @classmethod
     def of_rows(cls, indices: torch.Tensor, num_latents: int) -> "Pattern":
@@ -63,12 +64,21 @@ class Pattern:
             self.offsets.diff(), output_size=len(self.indices)
         )
 
+    def split(self, lengths: list[int]) -> "Pattern":
+        """Each row of K entries as len(lengths) rows of so many entries, which sum to K; the sort is shared."""
+        ends = torch.tensor(lengths, device=self.offsets.device).cumsum(0)
+        offsets = torch.cat([self.offsets[:1], (self.offsets[:-1, None] + ends).reshape(-1)])
+        finer = Pattern(self.indices, offsets, self.num_latents)
+        finer._coarser = self
+        return finer
+
     @cached_property
-    def by_latent(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Entries sorted by latent: their places (N,), their rows (N,), and where each latent's begin (F + 1,)."""
+    def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of the entries sorted by latent, (N,), and where each latent's begin, (F + 1,)."""
+        if self._coarser is not None:
+            return self._coarser.sorted
         keys, places = torch.sort(self.indices, stable=True)
-        starts = torch.searchsorted(keys, torch.arange(self.num_latents + 1, device=keys.device))
-        return places, self.rows[places], starts
+        return places, torch.searchsorted(keys, torch.arange(self.num_latents + 1, device=keys.device))
 
     @property
     def is_dense(self) -> bool:
@@ -186,7 +196,7 @@ def _reference_segments(pattern: Pattern, values: torch.Tensor, dense: torch.Ten
 
 def _sparse_bag(pattern: Pattern, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not pattern.is_dense:
-        return _embedding_bag(pattern.indices, pattern.offsets, values, weight)
+        return embedding_bag(pattern.indices, pattern.offsets, values, weight)
     out = weight.new_empty(pattern.num_rows, weight.shape[1])
     for rows, entries in pattern.row_chunks(weight.dtype):
         torch.mm(_dense_rows(pattern, values, rows, entries), weight, out=out[rows])
@@ -207,17 +217,18 @@ def _sparse_dots(pattern: Pattern, dense: torch.Tensor, weight: torch.Tensor) ->
 
 def _sparse_segments(pattern: Pattern, values: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     if not pattern.is_dense:
-        places, owners, starts = pattern.by_latent
-        return _embedding_bag(owners, starts, values[places], dense)
+        places, starts = pattern.sorted
+        return embedding_bag(pattern.rows[places], starts, values[places], dense)
     out = dense.new_zeros(pattern.num_latents, dense.shape[1])
     for rows, entries in pattern.row_chunks(dense.dtype):
         out.addmm_(_dense_rows(pattern, values, rows, entries).T, dense[rows])
     return out
 
 
-def _embedding_bag(
+def embedding_bag(
     indices: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
+    """Sum over the bag of value * weight[index]."""
     return torch.nn.functional.embedding_bag(
         indices,
         weight.contiguous(),

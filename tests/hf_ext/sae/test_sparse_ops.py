@@ -88,11 +88,13 @@ def test_other_dtypes_come_as_close_as_their_digits_allow(dtype, shape):
 
 def test_the_sort_is_made_once_and_latents_keep_the_order_of_their_tokens():
     pattern = Pattern.of_rows(torch.tensor([[2, 0], [2, 1], [0, 2]]), 4)
-    places, rows, starts = pattern.by_latent
+    places, starts = pattern.sorted
     assert places.tolist() == [1, 4, 3, 0, 2, 5]
-    assert rows.tolist() == [0, 2, 1, 0, 1, 2]
+    assert pattern.rows[places].tolist() == [0, 2, 1, 0, 1, 2]
     assert starts.tolist() == [0, 2, 3, 6, 6]
-    assert pattern.by_latent[0] is places
+    finer = pattern.split([1, 0, 1])
+    assert finer.sorted[0] is pattern.sorted[0] is places
+    assert finer.rows[places].tolist() == [2, 6, 5, 0, 3, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint32, torch.int16])
