@@ -61,20 +61,22 @@ def hierarchical_loss(
 
     ```
 
-    In SAELens, whose sparse training classes decode by themselves, the loss takes the place of the squared error:
+    In SAELens (extra `peers`) the loss takes the place of the squared error, which is summed over the width there:
 
     ```python
-    from sae_lens.saes.topk_sae import TopKTrainingSAE
+    from sae_lens import TopKTrainingSAE
 
     class HierarchicalTrainingSAE(TopKTrainingSAE):
         def training_forward_pass(self, step_input):
             output = super().training_forward_pass(step_input)
             values, indices = output.feature_acts.topk(self.cfg.k)
+            W_dec = self.W_dec
+            if self.cfg.rescale_acts_by_decoder_norm:
+                W_dec = torch.nn.functional.normalize(W_dec, dim=1)
             codes = SparseCodes(values, indices, self.cfg.d_sae)
-            target = self.process_sae_in(step_input.sae_in)[0]
-            loss, _ = hierarchical_loss(target, codes, self.W_dec, self.b_dec)
-            output.loss = output.loss - output.losses["mse_loss"] + loss
-            output.losses["mse_loss"] = loss
+            loss, _ = hierarchical_loss(step_input.sae_in, codes, W_dec, self.b_dec)
+            output.losses["mse_loss"] = loss * self.cfg.d_in
+            output.loss = sum(output.losses.values())
             return output
     ```
 
