@@ -93,9 +93,8 @@ def reconstruction_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain squared error of all the codes, `mean_{b,d} (x^ - x)^2`; arguments as in `hierarchical_loss`."""
     pattern, rows = _checked(x, codes, W_dec, b_dec)
-    loss, reconstruction = _Segments.apply(
-        pattern, (1.0,), 0, codes.values.reshape(-1).to(W_dec.dtype), W_dec, b_dec, rows
-    )
+    values = codes.values.reshape(-1).to(W_dec.dtype)
+    loss, reconstruction = _exactly(_Segments, pattern, (1.0,), 0, values, W_dec, b_dec, rows)
     return loss, reconstruction.view(x.shape)
 
 
@@ -150,7 +149,7 @@ def matryoshka_loss(
     nested = Pattern(indices.gather(1, order).reshape(-1), offsets, len(W_dec))
     values = codes.values.reshape(len(rows), -1).to(W_dec.dtype).gather(1, order).reshape(-1)
     weights = (1 / len(sizes),) * len(sizes)
-    loss, reconstruction = _Segments.apply(nested, weights, len(sizes) - 1, values, W_dec, b_dec, rows)
+    loss, reconstruction = _exactly(_Segments, nested, weights, len(sizes) - 1, values, W_dec, b_dec, rows)
     return loss, reconstruction.view(x.shape)
 
 
@@ -250,14 +249,22 @@ def _loss_at(
     values = codes.values.reshape(-1).to(W_dec.dtype)
     if len(budgets) <= MOST_SEGMENTS:
         lengths = [end - start for start, end in zip([0, *budgets], budgets, strict=False)]
-        loss, shown_rows = _Segments.apply(pattern.split(lengths), tuple(weights), shown, values, W_dec, b_dec, rows)
+        loss, shown_rows = _exactly(
+            _Segments, pattern.split(lengths), tuple(weights), shown, values, W_dec, b_dec, rows
+        )
     else:
         full = torch.zeros(most, dtype=W_dec.dtype, device=W_dec.device)
         full[torch.tensor(budgets, device=W_dec.device) - 1] = torch.tensor(
             weights, dtype=full.dtype, device=full.device
         )
-        loss, shown_rows = _Prefixes.apply(pattern, full, values, W_dec, b_dec, rows)
+        loss, shown_rows = _exactly(_Prefixes, pattern, full, values, W_dec, b_dec, rows)
     return loss, shown_rows.view(x.shape)
+
+
+def _exactly(function: Any, *arguments: Any) -> Any:
+    """Apply an autograd function in the precision of its tensors, also where autocast would round its products."""
+    with torch.autocast(arguments[-1].device.type, enabled=False):
+        return function.apply(*arguments)
 
 
 class _Segments(torch.autograd.Function):

@@ -215,8 +215,8 @@ def bootstrap(
     seed: int = 0,
 ) -> tuple[float, float]:
     """
-    The percentile interval of `statistic(chosen)`, where `chosen` are document numbers drawn with repetition: tokens of
-    a document depend on each other, so documents are what is drawn.
+    The percentile interval of `statistic(chosen)`, where `chosen` are document numbers drawn with repetition: tokens
+    of a document depend on each other, so documents are what is drawn.
 
     Example:
 

@@ -205,6 +205,16 @@ def test_activations_in_bfloat16_are_compared_in_the_decoders_precision():
     assert loss.item() == pytest.approx(prefix_errors(indices, **inputs)[0].mean().item(), rel=1e-6)
 
 
+def test_autocast_rounds_nothing():
+    indices, inputs = draw(SHAPES[3])
+    small = {name: tensor.detach().float() for name, tensor in inputs.items()}
+    arguments = small["x"], SparseCodes(small["values"], indices, 90), small["W_dec"], small["b_dec"]
+    expected = hierarchical_loss(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = hierarchical_loss(*arguments)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
