@@ -154,7 +154,12 @@ def matryoshka_loss(
 
 
 def auxk_loss(
-    sae: Any, x: torch.Tensor, residual: torch.Tensor, dead: torch.Tensor, k_aux: int | None = None
+    sae: Any,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    dead: torch.Tensor,
+    k_aux: int | None = None,
+    spread: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     AuxK: dead latents learn to reconstruct what the living leave over.
@@ -172,6 +177,7 @@ def auxk_loss(
         residual (`torch.Tensor` of shape `(..., D)`): e, in the space of x'.
         dead (`torch.BoolTensor` of shape `(F,)`): Latents that have not fired for long.
         k_aux (`int`, *optional*): By default half the width of x.
+        spread (`torch.Tensor`, *optional*): Variance of the residual, where it is known of more tokens than these.
 
     Returns:
         Scalar; 0 where no latent is dead or the residual has no variance.
@@ -189,7 +195,7 @@ def auxk_loss(
     rows = sae.decoder_rows()[latents]
     target = residual.detach().to(rows.dtype)
     loss, _ = reconstruction_loss(target, codes, rows, torch.zeros_like(target[..., :1, :].reshape(-1, width)[0]))
-    spread = variance(target)
+    spread = variance(target) if spread is None else spread
     share = min(1.0, len(latents) / k_aux)
     return share * torch.where(spread > 0, loss / spread.clamp_min(torch.finfo(spread.dtype).tiny), 0)
 

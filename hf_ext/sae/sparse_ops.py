@@ -41,7 +41,8 @@ class Pattern:
     """
 
     def __init__(self, indices: torch.Tensor, offsets: torch.Tensor, num_latents: int) -> None:
-        self.indices, self.offsets, self.num_latents = indices, offsets, num_latents
+        # the column of one budget is a view with gaps, which an embedding bag refuses
+        self.indices, self.offsets, self.num_latents = indices.contiguous(), offsets, num_latents
         self._coarser: Pattern | None = None
 
     @classmethod

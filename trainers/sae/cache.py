@@ -3,8 +3,9 @@
     cache/  index.json                what they are of (model, hooks, rows) and how far the harvest has come
             shard-00000.safetensors   place -> activations [n, D], and token_ids [n]
 
-Shards are read as mapped files: a run holds in memory what the system keeps of them. Each is written under another name
-and renamed when whole; a harvest that was stopped goes on after its last one, and so does one that shall be longer.
+Shards are read as mapped files: a run holds in memory what the system keeps of them. Each is written under another
+name and renamed when whole; a harvest that was stopped goes on after its last one, and so does one that shall be
+longer.
 """
 
 import hashlib
@@ -80,7 +81,7 @@ class ActivationCache:
             )
         self.info = index["info"]
         self.places = list(self.info["hooks"]) if places is None else places
-        _check_places(self.folder, self.info, self.places)
+        check_places(self.folder, self.info, self.places)
         self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
         ends = torch.tensor([shard["tokens"] for shard in index["shards"]]).cumsum(0)
         self.starts = torch.cat([torch.zeros(1, dtype=torch.long), ends])
@@ -255,7 +256,7 @@ def fingerprint(model: Any) -> str:
 
 def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise where a cache is of another model, hook, or way to read; more places than are wanted are no harm."""
-    _check_places(folder, found, list(wanted["hooks"]))
+    check_places(folder, found, list(wanted["hooks"]))
     for name, now in wanted.items():
         if name != "hooks" and found.get(name) != now:
             raise ValueError(
@@ -291,7 +292,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _check_places(folder: Path, info: dict[str, Any], places: list[str]) -> None:
+def check_places(folder: Path, info: dict[str, Any], places: list[str]) -> None:
     lacking = [place for place in places if place not in info["hooks"]]
     if lacking:
         raise ValueError(

@@ -53,8 +53,8 @@ class TokenRows:
             raise TypeError(f"`train_dataset` must be a dataset of rows, got {type(dataset).__name__}.")
         if iter(dataset) is dataset:
             raise TypeError(
-                "`train_dataset` must be readable more than once, got an iterator. Pass a list, a datasets.Dataset, or "
-                "datasets.IterableDataset.from_generator(function)."
+                "`train_dataset` must be readable more than once, got an iterator. Pass a list, a datasets.Dataset, "
+                "or datasets.IterableDataset.from_generator(function)."
             )
         self.dataset, self.tokenizer, self.context_size = dataset, tokenizer, context_size
         self.text_field = text_field

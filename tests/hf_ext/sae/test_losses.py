@@ -72,6 +72,14 @@ def test_the_loss_at_any_budgets_is_the_mean_over_these_prefixes(shape, budgets,
     torch.testing.assert_close(reconstruction, prefixes[:, max(budgets) - 1].detach(), **CLOSE)
 
 
+def test_codes_cut_to_one_latent_have_their_gradient():
+    indices, inputs = draw((40, 7, 2000, 13))  # so few that no matrix product takes over
+    errors, _ = prefix_errors(indices, **inputs)
+    codes = SparseCodes(inputs["values"], indices, 2000).first(1)
+    found, _ = hierarchical_loss(inputs["x"], codes, inputs["W_dec"], inputs["b_dec"])
+    compare(found, errors[0], inputs)
+
+
 def test_full_budgets_of_a_wide_code_take_the_closed_form_and_few_take_segments(monkeypatch):
     indices, inputs = draw(SHAPES[2])
     codes = SparseCodes(inputs["values"], indices, 200)
