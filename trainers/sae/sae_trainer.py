@@ -35,14 +35,6 @@ from trainers.sae.loading import (
     rows_of,
     step_tokens,
 )
-    Plan,
-    cache_tokens,
-    holds_texts,
-    load_model,
-    planned,
-    rows_of,
-    step_tokens,
-)
 from trainers.sae.progress import SAEProgress
 from trainers.sae.sae_config import SAETrainingArguments
 from trainers.sae.streaming import ModelSource, ShuffledStream, TokenRows

@@ -1,4 +1,4 @@
-"""Training works on texts, tensors and caches; several SAEs at once learn what each alone does; a stopped run goes on."""
+"""Training works on texts, tensors and caches; several SAEs learn what each alone does; a stopped run goes on."""
 
 import json
 from functools import partial
@@ -201,14 +201,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(kind, trainer, config, text
     resumed = interrupted(lambda: make("interrupted"), 14)
     assert_same(weights(resumed), weights(straight))
     assert_same(resumed.tokens_since_fired, straight.tokens_since_fired)
-    figures = [
-        [
-            {k: v for k, v in e.items() if k in ("loss", "step") or "fvu" in k}
-            for e in t.state.log_history
-            if "loss" in e
-        ]
-        for t in (resumed, straight)
-    ]
+    figures = []
+    for run in (resumed, straight):
+        entries = [entry for entry in run.state.log_history if "loss" in entry]
+        figures.append([{k: v for k, v in e.items() if k in ("loss", "step") or "fvu" in k} for e in entries])
     assert figures[0] == figures[1]
 
 
