@@ -63,14 +63,14 @@ def planned(
         raise ValueError("`model` must be given: `train_dataset` holds texts, whose activations it computes.")
     _set_length(args, None)
     by_name = isinstance(model, str | os.PathLike)
-    if tokenizer is None and (by_name or getattr(model, "name_or_path", "")):
+    if tokenizer is None and (by_name or model.name_or_path):
         tokenizer = _tokenizer(str(model) if by_name else model.name_or_path)
     TokenRows(dataset, tokenizer, args.context_size, args.dataset_text_field)  # refuses rows that it cannot read
     probe, dtype = _skeleton(model, args) if by_name else (model, next(model.parameters()).dtype)
     widths = _widths_at(probe, hooks)
     _check_widths(widths, configs, places)
     if args.activation_cache is not None:
-        chosen: torch.dtype = dtype if args.activation_dtype == "auto" else getattr(torch, args.activation_dtype)
+        chosen = dtype if args.activation_dtype == "auto" else dtype_named(args.activation_dtype)
         _check_cache(Path(args.activation_cache), widths, chosen, cache_tokens(args))
     return Plan(losses, places, hooks, rows, tokenizer)
 
@@ -83,6 +83,11 @@ def step_tokens(args: SAETrainingArguments) -> int:
 def cache_tokens(args: SAETrainingArguments) -> int:
     """Tokens that a cache shall hold."""
     return args.cache_tokens or args.max_steps * step_tokens(args)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype called "bfloat16" or "torch.bfloat16"."""
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def load_model(model: Any, args: SAETrainingArguments) -> Any:
@@ -166,7 +171,7 @@ def _skeleton(name: Any, args: SAETrainingArguments) -> tuple[Any, torch.dtype]:
     dtype: Any = _init_kwargs(args).get("dtype", "auto")
     if dtype == "auto":
         dtype = config.dtype or torch.float32
-    return skeleton, getattr(torch, str(dtype).removeprefix("torch."))
+    return skeleton, dtype_named(str(dtype))
 
 
 def _widths_at(probe: Any, hooks: dict[str, Hook]) -> dict[str, int]:

@@ -399,7 +399,7 @@ class _Endless:
 
 
 class _Constrain(TrainerCallback):
-    """After the optimiser: decoder rows of norm 1, thresholds not below 0."""
+    """After the optimiser: decoder rows of norm 1, thresholds not below 0; an epoch is the run, also a resumed one."""
 
     def __init__(self, trainer: SAETrainer) -> None:
         self.trainer = trainer
@@ -410,3 +410,6 @@ class _Constrain(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for one in self.trainer.saes.values():
             one.constrain_()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps

@@ -137,7 +137,7 @@ def test_dead_latents_are_counted_and_revived(trainer, config):
         torch.manual_seed(0)
         sae = SAEModel(config(d_sae=32))
         with torch.no_grad():
-            sae.encoder.bias[:16] = -30  # these never fire by themselves
+            sae.encoder.bias[:16] = -1.5  # rarely among the four largest, but now and then above 0
         return sae
 
     x, _ = planted()
@@ -201,11 +201,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(kind, trainer, config, text
     resumed = interrupted(lambda: make("interrupted"), 14)
     assert_same(weights(resumed), weights(straight))
     assert_same(resumed.tokens_since_fired, straight.tokens_since_fired)
-    figures = []
-    for run in (resumed, straight):
-        entries = [entry for entry in run.state.log_history if "loss" in entry]
-        figures.append([{k: v for k, v in e.items() if k in ("loss", "step") or "fvu" in k} for e in entries])
-    assert figures[0] == figures[1]
+    # Trainer's own means of a log entry begin anew with a resumed run; the next whole window is the same
+    last = [next(e for e in run.state.log_history if e["step"] == 20 and "loss" in e) for run in (resumed, straight)]
+    for key in ("loss", "epoch", "num_tokens", *(key for key in last[0] if key.endswith("fvu"))):
+        assert last[0][key] == last[1][key]
 
 
 def test_a_checkpoint_loads_as_a_model_and_holds_no_half_file(trainer, tmp_path):
