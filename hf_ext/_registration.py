@@ -29,6 +29,7 @@ class Entry(NamedTuple):
 MODELS = [
     Entry("lime", "hf_ext.lime", "LimeConfig", {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"}),
     Entry("steered", "hf_ext.steering", "SteeredConfig", {"AutoModelForCausalLM": "SteeredModelForCausalLM"}),
+    Entry("sae", "hf_ext.sae", "SAEConfig", {"AutoModel": "SAEModel"}),
 ]
 
 

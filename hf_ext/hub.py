@@ -5,6 +5,7 @@
 - The words of a card are written once, in `model_cards/<system>.md`; its figures come from the files that recipes
   write. `model_cards/` lies beside this package, in a checkout as in an installed wheel.
 - A Space is like a saved model: our code travels with it, so it needs no index or repository that holds hf_ext.
+- `save_many` puts several models into one repository, code once.
 - Nothing here loads torch.
 """
 
@@ -52,12 +53,11 @@ import json, sys
 asked = json.loads(sys.argv[1])
 sys.modules.update(dict.fromkeys(asked["blocked"]))
 import transformers
-config = transformers.AutoConfig.from_pretrained(asked["folder"], trust_remote_code=True)
+place = dict(subfolder=asked["subfolder"], trust_remote_code=True)
+config = transformers.AutoConfig.from_pretrained(asked["folder"], **place)
 report = {"auto": {"AutoConfig": type(config).__name__}, "model_type": config.model_type, "parameters": 0, "lost": {}}
 for name in asked["auto"]:
-    model, info = getattr(transformers, name).from_pretrained(
-        asked["folder"], trust_remote_code=True, output_loading_info=True
-    )
+    model, info = getattr(transformers, name).from_pretrained(asked["folder"], **place, output_loading_info=True)
     report["auto"][name] = type(model).__name__
     report["parameters"] = max(report["parameters"], sum(p.numel() for p in model.parameters()))
     report["lost"][name] = sorted(info["missing_keys"])
@@ -67,7 +67,9 @@ print(json.dumps(report))
 """
 
 
-def verify(folder: str | os.PathLike[str], *, auto: tuple[str, ...] = ("AutoModel",)) -> dict[str, Any]:
+def verify(
+    folder: str | os.PathLike[str], *, auto: tuple[str, ...] = ("AutoModel",), subfolder: str = ""
+) -> dict[str, Any]:
     """
     Prove that a saved folder loads where hf_ext is not installed.
 
@@ -79,6 +81,7 @@ def verify(folder: str | os.PathLike[str], *, auto: tuple[str, ...] = ("AutoMode
         folder (`str` or `os.PathLike`): What `save_pretrained` wrote.
         auto (`tuple[str, ...]`, *optional*, defaults to `("AutoModel",)`):
             Names of transformers' Auto classes that shall load it; `()` loads the configuration alone.
+        subfolder (`str`, *optional*, defaults to `""`): One of the models that `save_many` wrote into `folder`.
 
     Returns:
         `dict`: `auto` (Auto class -> name of the class that it gave), `model_type`, `parameters` (number of the
@@ -102,8 +105,8 @@ def verify(folder: str | os.PathLike[str], *, auto: tuple[str, ...] = ("AutoMode
     if not isinstance(auto, tuple | list) or not all(isinstance(name, str) for name in auto):
         raise TypeError(f'`auto` must be a tuple of names of Auto classes, got {auto!r}. Pass ("AutoModel",).')
     root = Path(folder)
-    _check_files(root, tuple(auto))
-    asked = {"folder": str(root.resolve()), "auto": list(auto), "blocked": list(_OURS)}
+    _check_files(root, tuple(auto), subfolder)
+    asked = {"folder": str(root.resolve()), "subfolder": subfolder, "auto": list(auto), "blocked": list(_OURS)}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hf_ext-verify-") as home:
         caches = ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE")
@@ -135,33 +138,34 @@ def verify(folder: str | os.PathLike[str], *, auto: tuple[str, ...] = ("AutoMode
     return {**report, "files": files, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _check_files(root: Path, auto: tuple[str, ...]) -> None:
+def _check_files(root: Path, auto: tuple[str, ...], subfolder: str) -> None:
     """Raise `ValueError` for what the files of the folder `root` themselves show to be wrong."""
+    place = root / subfolder
     again = "Write the folder again with `save_pretrained`."
     if not root.is_dir():
         raise ValueError(f"`folder` must be a folder that `save_pretrained` wrote, got {str(root)!r}: no such folder.")
-    config = _read_json(root / "config.json", again)
+    config = _read_json(place / "config.json", again)
     auto_map = config.get("auto_map") or {}
     for name in ("AutoConfig", *auto):
         target = auto_map.get(name)
         if not isinstance(target, str):
             raise ValueError(
-                f"`auto_map` in {root / 'config.json'} must name the code of {name}, got only "
+                f"`auto_map` in {place / 'config.json'} must name the code of {name}, got only "
                 f"{sorted(auto_map)}. Save a model of a class that hf_ext exports."
             )
         code = root / f"{target.rpartition('.')[0]}.py"
         if "--" in target:
             raise ValueError(
-                f"`auto_map` in {root / 'config.json'} must name code in the folder for {name}, got {target!r}. "
+                f"`auto_map` in {place / 'config.json'} must name code in the folder for {name}, got {target!r}. "
                 "Load the model with `trust_remote_code=True` and save it again."
             )
         if not code.is_file():
             raise ValueError(f"{code} must be there, since `auto_map` names it for {name}. {again}")
     if not auto:
         return
-    shards, index = [root / "model.safetensors"], root / "model.safetensors.index.json"
+    shards, index = [place / "model.safetensors"], place / "model.safetensors.index.json"
     if not shards[0].is_file() and index.is_file():
-        shards = sorted({root / name for name in _read_json(index, again).get("weight_map", {}).values()})
+        shards = sorted({place / name for name in _read_json(index, again).get("weight_map", {}).values()})
     for shard in shards:
         if not shard.is_file():
             raise ValueError(f"{shard} must be there: it holds the weights. {again}")
@@ -185,6 +189,70 @@ def _read_json(path: Path, cure: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold one JSON object, got a {type(content).__name__}. {cure}")
     return content
+
+
+def save_many(folder: str | os.PathLike[str], models: Mapping[str, Any]) -> None:
+    """
+    Save several models into one folder, to be pushed as one repository: weights and settings of each in a sub-folder,
+    the code once in the root, where transformers looks for it.
+
+    Sub-folders that the folder has already are kept, or replaced where `models` names them; the code becomes that of
+    `models`. Each sub-folder is written whole under another name before it takes its place.
+
+    Args:
+        folder (`str` or `os.PathLike`): Made if it does not exist.
+        models (`Mapping[str, PreTrainedModel]`): Sub-folder, `"layer12"` or `"layer12/k64"` -> a model of ours.
+
+    Raises:
+        TypeError, ValueError: where a name is no sub-folder, a value no model, or two models need different code of
+            the same name; nothing has been written then.
+
+    Example:
+
+    ```python
+    >>> from hf_ext import SAEConfig, SAEModel, hub
+
+    >>> hub.save_many("saes", {f"layer{i}": SAEModel(SAEConfig(d_in=8, d_sae=32, k=4)) for i in (3, 9)})
+    >>> hub.verify("saes", subfolder="layer9")["auto"]
+    {'AutoConfig': 'SAEConfig', 'AutoModel': 'SAEModel'}
+    >>> sae = AutoModel.from_pretrained("saes", subfolder="layer9", trust_remote_code=True)
+
+    ```"""
+    if not isinstance(models, Mapping) or not models:
+        kind = "an empty one" if isinstance(models, Mapping) else type(models).__name__
+        raise TypeError(f'`models` must be a dict of sub-folders and models, got {kind}. Pass {{"layer12": sae}}.')
+    for name, model in models.items():
+        parts = name.split("/") if isinstance(name, str) else [""]
+        if any(not part.strip(". ") or re.search(r'[\\:*?"<>|]', part) for part in parts):
+            raise ValueError(f'`models` must be named by sub-folders like "layer12" or "layer12/k64", got {name!r}.')
+        if not hasattr(model, "save_pretrained"):
+            raise TypeError(f"`models[{name!r}]` must be a model with save_pretrained, got {type(model).__name__}.")
+    root = Path(folder)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"`folder` must be a folder or not exist yet, got the file {str(root)!r}.")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".save_many-", dir=root) as parts_of:
+        fresh, code = Path(parts_of), dict[str, Path]()
+        for name, model in models.items():
+            model.save_pretrained(fresh / "models" / name)
+            for file in sorted((fresh / "models" / name).glob("*.py")):
+                if file.name in code and code[file.name].read_bytes() != file.read_bytes():
+                    raise ValueError(
+                        f"`models` must share their code, got another {file.name} with {name!r}. Save models that "
+                        "were loaded by one version of it."
+                    )
+                code.setdefault(file.name, file)
+        for name, file in code.items():
+            os.replace(file, root / name)
+        for name in models:
+            for file in (fresh / "models" / name).glob("*.py"):
+                file.unlink()
+            target = root / name
+            if target.exists():
+                (fresh / "old" / name).parent.mkdir(parents=True, exist_ok=True)
+                target.rename(fresh / "old" / name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (fresh / "models" / name).rename(target)
 
 
 def system_cards() -> dict[str, dict[str, Any]]:

@@ -1,0 +1,27 @@
+"""Sparse autoencoders, and HierarchicalTopK (arXiv 2505.24473): one of them, good at every sparsity up to K."""
+
+from typing import TYPE_CHECKING
+
+from hf_ext._lazy import attach
+
+
+if TYPE_CHECKING:
+    from hf_ext.sae.configuration_sae import SAEConfig
+    from hf_ext.sae.losses import auxk_loss, hierarchical_loss, matryoshka_loss, multi_topk_loss, reconstruction_loss
+    from hf_ext.sae.modeling_sae import SAEModel, SAEOutput
+    from hf_ext.sae.sparse_ops import SparseCodes
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "SAEConfig": "hf_ext.sae.configuration_sae",
+        "SAEModel": "hf_ext.sae.modeling_sae",
+        "SAEOutput": "hf_ext.sae.modeling_sae",
+        "SparseCodes": "hf_ext.sae.sparse_ops",
+        "auxk_loss": "hf_ext.sae.losses",
+        "hierarchical_loss": "hf_ext.sae.losses",
+        "matryoshka_loss": "hf_ext.sae.losses",
+        "multi_topk_loss": "hf_ext.sae.losses",
+        "reconstruction_loss": "hf_ext.sae.losses",
+    },
+)
