@@ -111,16 +111,20 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
                 f"`placement` must be a module whose output has the model's width, {shift.shape[-1]}, got "
                 f"{hidden.shape[-1]} at {self.name}. Choose another module."
             )
-        hidden = hidden + shift.to(hidden.dtype)
+        hidden = hidden + (shift if shift.dtype == hidden.dtype else shift.to(hidden.dtype))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _shift(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Sum of the active adapters, [d], or [B, T, d] where tokens differ."""
         total = None
+        vectors = (
+            self.steering_bias._parameters
+        )  # a decoded token feels the microseconds of ParameterDict's own look-up
         for name in self.active_adapters:
-            if name not in self.steering_bias:
+            vector = vectors.get(name)
+            if vector is None:
                 continue
-            vector, scale, kind = self.steering_bias[name], self.context.scaling[name], self.context.positions[name]
+            scale, kind = self.context.scaling[name], self.context.positions[name]
             if scale != 1:
                 vector = vector * scale
             if kind != "all":

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_ext import SteeringConfig
-from hf_ext.record import edit
+from hf_ext.record import edit, record
 from hf_ext.sites import FAMILIES, resolve
 
 
@@ -186,3 +186,24 @@ def test_only_the_language_model_of_a_vision_language_model_is_steered(steer):
     # the vision tower has modules of this name too
     assert all("visual" not in name for name, p in model.named_parameters() if p.requires_grad)
     assert model.get_vectors().keys() == {0, 1, 2}
+
+
+def test_a_module_whose_output_is_a_tuple_is_steered_in_its_first_part(steer):
+    base, model, vectors = steer("llama", placement="self_attn", layers_to_transform=[1])
+    hooks = {"attention": resolve(base, "attn_out", 1)}
+    with edit(base, hooks, lambda name, hidden, step: hidden + vectors[1]):
+        torch.testing.assert_close(out(model), out(base), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral", "gpt2"])
+def test_a_recorded_stream_of_a_steered_model_has_the_vector_in_it(model_type, steer):
+    base, model, vectors = steer(model_type, layers_to_transform=[1])
+    streams = []
+    for which in (base, model):
+        hooks = {site: resolve(which, site, 1) for site in ("mlp_out", "resid_post")}
+        with torch.no_grad(), record(which, hooks) as seen:
+            which(input_ids=IDS)
+        streams.append(seen)
+    for site in ("mlp_out", "resid_post"):
+        expected = streams[0][site][0] + vectors[1]
+        torch.testing.assert_close(streams[1][site][0], expected, rtol=0, atol=1e-5)
