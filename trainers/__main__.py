@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 
-METHODS = {"essa": "trainers.essa.cli", "sft": "trainers.essa.sft"}
+METHODS = {"essa": "trainers.essa.cli", "sae": "trainers.sae.cli", "sft": "trainers.essa.sft"}
 
 
 def main(argv: list[str] | None = None) -> int:
