@@ -5,7 +5,12 @@ import sys
 from importlib import import_module
 
 
-METHODS = {"essa": "trainers.essa.cli", "sft": "trainers.sft", "steering_rl": "trainers.steering_rl.cli"}
+METHODS = {
+    "essa": "trainers.essa.cli",
+    "sae": "trainers.sae.cli",
+    "sft": "trainers.sft",
+    "steering_rl": "trainers.steering_rl.cli",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

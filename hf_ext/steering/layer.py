@@ -117,9 +117,8 @@ class SteeringLayer(nn.Module, BaseTunerLayer):
     def _shift(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Sum of the active adapters, [d], or [B, T, d] where tokens differ."""
         total = None
-        vectors = (
-            self.steering_bias._parameters
-        )  # a decoded token feels the microseconds of ParameterDict's own look-up
+        # a decoded token feels the microseconds of ParameterDict's own look-up
+        vectors = self.steering_bias._parameters
         for name in self.active_adapters:
             vector = vectors.get(name)
             if vector is None:

@@ -81,6 +81,12 @@ def read_state(checkpoint: Path) -> State:
     return tensors, json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
 
 
+def remove_parts(output_dir: str) -> None:
+    """Delete what a kill in the midst of a save has left."""
+    for part in Path(output_dir).glob(".checkpoint-*.part"):
+        shutil.rmtree(part)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The state dict of an SAE that was saved into `folder`."""
     shards = sorted(folder.glob("model*.safetensors"))

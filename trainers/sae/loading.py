@@ -66,8 +66,8 @@ def planned(
     if tokenizer is None and (by_name or model.name_or_path):
         tokenizer = _tokenizer(str(model) if by_name else model.name_or_path)
     TokenRows(dataset, tokenizer, args.context_size, args.dataset_text_field)  # refuses rows that it cannot read
-    probe, dtype = _skeleton(model, args) if by_name else (model, next(model.parameters()).dtype)
-    widths = _widths_at(probe, hooks)
+    probe, dtype = skeleton(model, args) if by_name else (model, next(model.parameters()).dtype)
+    widths = widths_at(probe, hooks)
     _check_widths(widths, configs, places)
     if args.activation_cache is not None:
         chosen = dtype if args.activation_dtype == "auto" else dtype_named(args.activation_dtype)
@@ -162,7 +162,7 @@ def _init_kwargs(args: SAETrainingArguments) -> dict[str, Any]:
     return cast(dict[str, Any], args.model_init_kwargs or {})
 
 
-def _skeleton(name: Any, args: SAETrainingArguments) -> tuple[Any, torch.dtype]:
+def skeleton(name: Any, args: SAETrainingArguments) -> tuple[Any, torch.dtype]:
     """The model called `name` without weights, and the dtype that it will have."""
     options = {"trust_remote_code": _init_kwargs(args).get("trust_remote_code")}
     config = AutoConfig.from_pretrained(name, **options)
@@ -174,7 +174,7 @@ def _skeleton(name: Any, args: SAETrainingArguments) -> tuple[Any, torch.dtype]:
     return skeleton, dtype_named(str(dtype))
 
 
-def _widths_at(probe: Any, hooks: dict[str, Hook]) -> dict[str, int]:
+def widths_at(probe: Any, hooks: dict[str, Hook]) -> dict[str, int]:
     """Place -> width of its activations, by two tokens."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(probe.parameters()).device)
     try:

@@ -24,7 +24,7 @@ from hf_ext.sae.metrics import budget_curve, reconstruction_metrics
 from trainers.sae.bundle import Bundle
 from trainers.sae.cache import ActivationCache, RowBatches, describe, harvest
 from trainers.sae.card import sae_card
-from trainers.sae.checkpoints import read_state, weights, write_checkpoint
+from trainers.sae.checkpoints import read_state, remove_parts, weights, write_checkpoint
 from trainers.sae.loading import (
     Plan,
     cache_tokens,
@@ -242,7 +242,8 @@ class SAETrainer(Trainer):
         batches, began = self._window
         if "loss" in logs and batches:
             for key, total in self._sums.items():
-                logs[key] = float(total) if key.endswith("dead_fraction") else float(total) / batches
+                mean = float(self._mean_over_processes(total))
+                logs[key] = mean if key.endswith("dead_fraction") else mean / batches
             logs["num_tokens"] = self.state.global_step * step_tokens(self.args)
             logs["tokens_per_second"] = round(batches * self._batch_tokens / (time.perf_counter() - began), 1)
             self._sums, self._window = {}, (0, time.perf_counter())
@@ -252,6 +253,8 @@ class SAETrainer(Trainer):
 
     def begin(self) -> None:
         """Before the first step: scales of inputs that shall have one, and b_dec, from the first batch."""
+        if self.args.should_save:
+            remove_parts(self.args.output_dir)
         if self._began:
             return
         self._began = True
@@ -342,7 +345,9 @@ class SAETrainer(Trainer):
                 figures |= {f"ev_global_at_{k}": ev for k, ev in budget_curve(one, x, budgets).items()}
             found |= {f"{metric_key_prefix}_{self._key(name, key)}": value for key, value in figures.items()}
             one.train(training)
-        found[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        seconds = time.perf_counter() - started
+        found[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
+        self._window = (self._window[0], self._window[1] + seconds)  # the speed logged is that of training
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
