@@ -1,18 +1,11 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter, which must be chosen before they are made."""
-
-import os
+"""Kernels run on a GPU where there is one, else in Triton's interpreter (tests/conftest.py chooses it)."""
 
 import pytest
 import torch
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
 def device() -> str:
     """Where the kernels run."""
     pytest.importorskip("triton", reason="the extra `kernels` brings it")
-    return DEVICE
+    return "cuda" if torch.cuda.is_available() else "cpu"
