@@ -72,11 +72,11 @@ TASKS = {
 }
 REWARDS = {
     "correct": "The task's own checker",
-    "exact": "exact_reward: the answer, nothing else",
-    "last_number": "last_number_reward: its last number is right",
-    "json": "json_reward: it is valid JSON",
-    "length": "length_reward: it has so many tokens",
-    "instruction": "instruction_reward: it follows an instruction of IFEval",
+    "exact": "exact_reward: nothing else",
+    "last_number": "last_number_reward",
+    "json": "json_reward: valid JSON",
+    "length": "length_reward: in tokens",
+    "instruction": "instruction_reward: IFEval",
 }
 
 

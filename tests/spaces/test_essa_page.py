@@ -235,7 +235,7 @@ def test_the_table_colours_the_answers_that_have_changed_and_no_others(lab):
 
 def fill(opened, **fields):
     for label, value in fields.items():
-        opened.get_by_label(label, exact=True).last.fill(str(value))
+        opened.get_by_role("spinbutton", name=label, exact=True).fill(str(value))
 
 
 @pytest.fixture
@@ -277,15 +277,15 @@ def test_a_bad_setting_is_said_plainly_and_the_example_stays(opened):
 
 def test_rewards_follow_the_task_and_bring_their_own_fields(opened):
     shown = opened(1280)
-    assert not shown.get_by_label("Instruction", exact=True).is_visible()
-    shown.get_by_label("Reward", exact=True).click()
+    assert not shown.get_by_role("combobox", name="Instruction").is_visible()
+    shown.get_by_role("combobox", name="Reward").click()
     assert shown.get_by_role("option", name="last_number_reward").count() == 0
     shown.get_by_role("option", name="instruction_reward").click()
-    shown.get_by_label("Instruction", exact=True).wait_for()
-    shown.get_by_label("Task", exact=True).click()
+    shown.get_by_role("combobox", name="Instruction").wait_for()
+    shown.get_by_role("combobox", name="Task").click()
     shown.get_by_role("option", name="Add two numbers").click()
     shown.wait_for_timeout(500)
-    shown.get_by_label("Reward", exact=True).click()
+    shown.get_by_role("combobox", name="Reward").click()
     shown.get_by_role("option", name="last_number_reward").wait_for()
 
 

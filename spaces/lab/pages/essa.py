@@ -110,7 +110,7 @@ def build(store: Store) -> None:
     gr.Markdown("### Before and after\nGreedy answers to held-out prompts; coloured where the search changed them.")
     table = view(answer_table(example), "Answers before and after")
     download = gr.DownloadButton("Download the adapter", interactive=False)
-    with gr.Accordion("Load the adapter", open=False):
+    with gr.Accordion("How to load it", open=False):
         loading = gr.Code(LOAD.format(model=store.default), language="python", **_CODE)
     with gr.Accordion("The same in Python", open=False):
         gr.Code(CODE, language="python", **_CODE)
@@ -126,6 +126,8 @@ def build(store: Store) -> None:
         given["model"] = given["model"] or store.default
         try:
             search = begin(store, str(request.session_hash), Settings(**given))
+        except gr.Error:  # a ValueError too, which the browser shows above the page
+            raise
         except ValueError as error:
             yield f"**Not started.** {error}", *[gr.skip()] * 4
             return
@@ -213,7 +215,10 @@ def reward_charts(seen: dict[str, Any]) -> str:
         f"; the middle half of {len(one)} candidates from {low:.3f} to {high:.3f}"
         for one, (low, high) in zip(rewards, middle, strict=True)
     ]
-    axes: dict[str, Any] = {"axis": "generation", "first": 1, "length": seen["planned"]}
+    room = 10
+    while room < len(found):
+        room *= 2
+    axes: dict[str, Any] = {"axis": "generation", "first": 1, "length": min(room, seen["planned"])}
     best, mean = [max(one) for one in rewards], [float(np.mean(one)) for one in rewards]
     population = line_chart(
         "Rewards of the population; shaded: its middle half",
