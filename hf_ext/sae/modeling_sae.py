@@ -124,9 +124,11 @@ class SAEModel(PreTrainedModel):
         """
         self._check_input(x)
         k = self._check_k(k, latents)
-        inputs = self.normalize(x).reshape(-1, self.config.d_in)
+        inputs, shift = self.normalize(x).reshape(-1, self.config.d_in), None
         if self.config.apply_b_dec_to_input:
-            inputs = inputs - self.b_dec
+            # activations that need no gradient, as in training, spare the product that would give them one
+            shift = None if inputs.requires_grad else self.b_dec
+            inputs = inputs - (self.b_dec if shift is None else shift.detach())
         weight, bias = self.encoder.weight, self.encoder.bias
         theta = getattr(self, "threshold", None)
         kind = self.config.activation
@@ -134,7 +136,7 @@ class SAEModel(PreTrainedModel):
             weight, bias, kind = weight[latents], bias[latents], "topk"
         detached = (inputs.detach(), weight.detach(), bias.detach())
         if kind == "topk":
-            found, indices = _largest(*detached, k)
+            found, indices = _largest(*detached, k, ordered=latents is None)
         elif kind == "batchtopk" and self.training and k is None:
             found, indices = _largest_of_batch(*detached, self.config.k)
             self._update_threshold(found)
@@ -146,7 +148,7 @@ class SAEModel(PreTrainedModel):
             found, indices = _above(*detached, bias.new_full((), least), 0.0, k)
 
         pattern = Pattern.of_rows(indices, len(weight))
-        u = linear_at(pattern, inputs, weight, bias, found.reshape(-1)).view_as(found)
+        u = linear_at(pattern, inputs, weight, bias, found.reshape(-1), shift).view_as(found)
         gates = None
         if kind == "jumprelu":
             values, gates = _JumpReLU.apply(u, theta[indices], float(self.config.jump_bandwidth))
@@ -304,12 +306,14 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
 
 
-def _largest(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` largest pre-activations of each token, (B, k), sorted; and their latents."""
+def _largest(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, ordered: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest pre-activations of each token, (B, k), and their latents."""
     values = weight.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
     for rows, u in linear_chunks(x, weight, bias):
-        top = u.topk(k, dim=1)
+        top = u.topk(k, dim=1, sorted=ordered)
         values[rows], indices[rows] = top.values, top.indices
     return values, indices
 

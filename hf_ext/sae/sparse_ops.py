@@ -304,7 +304,13 @@ class _Bag(torch.autograd.Function):
 class _LinearAt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pattern: Pattern, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, found: torch.Tensor
+        ctx: Any,
+        pattern: Pattern,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        found: torch.Tensor,
+        shift: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.pattern, ctx.ops = pattern, choose(weight.device)
         ctx.save_for_backward(x, weight)
@@ -314,14 +320,15 @@ class _LinearAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        _, needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        _, needs_x, needs_weight, needs_bias, _, needs_shift = ctx.needs_input_grad
         grad = grad.to(weight.dtype)
         of_bias = None
-        if needs_bias:
+        if needs_bias or needs_shift:
             of_bias = grad.new_zeros(len(weight)).index_add_(0, ctx.pattern.indices, grad)
         of_x = ctx.ops.bag(ctx.pattern, grad, weight) if needs_x else None
         of_weight = ctx.ops.segments(ctx.pattern, grad, x) if needs_weight else None
-        return None, of_x, of_weight, of_bias, None
+        of_shift = -(of_bias @ weight) if of_bias is not None and needs_shift else None
+        return None, of_x, of_weight, of_bias if needs_bias else None, None, of_shift
 
 
 def bag(pattern: Pattern, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -340,7 +347,12 @@ def bag(pattern: Pattern, values: torch.Tensor, weight: torch.Tensor) -> torch.T
 
 
 def linear_at(
-    pattern: Pattern, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, found: torch.Tensor
+    pattern: Pattern,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    found: torch.Tensor,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Pre-activations u = x W^T + b at the entries alone, where they are `found` already; with a sparse gradient.
@@ -350,11 +362,14 @@ def linear_at(
         x (`torch.Tensor` of shape `(R, D)`): Inputs.
         weight, bias (`torch.Tensor` of shapes `(F, D)`, `(F,)`): Encoder.
         found (`torch.Tensor` of shape `(N,)`): The pre-activations, as computed without gradient.
+        shift (`torch.Tensor` of shape `(D,)`, *optional*):
+            What has been subtracted from every row of x, where x itself needs no gradient: its own is then one product
+            with the gradient of the bias.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: equal to `found`, differentiable in `x`, `weight` and `bias`.
+        `torch.Tensor` of shape `(N,)`: equal to `found`, differentiable in `x`, `weight`, `bias` and `shift`.
     """
-    return _LinearAt.apply(pattern, x, weight, bias, found)
+    return _LinearAt.apply(pattern, x, weight, bias, found, shift)
 
 
 @torch.no_grad()
