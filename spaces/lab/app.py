@@ -15,12 +15,12 @@ from typing import Any
 
 import gradio as gr
 import torch
-from pages import essa, lens, lime
+from pages import essa, lens, lime, steering
 from store import Store
 from views import CSS, THEME, write_example
 
 
-PAGES = {"lens": lens, "lime": lime, "essa": essa}
+PAGES = {"lens": lens, "lime": lime, "steering": steering, "essa": essa}
 LAUNCH: dict[str, Any] = {"theme": THEME, "css": CSS, "footer_links": []}
 PORT = 7860
 

@@ -128,10 +128,11 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or "∅"
 
 
-def token_text(cells: Iterable[Cell]) -> str:
-    """Running text whose tokens are coloured."""
+def token_text(cells: Iterable[Cell], title: str = "") -> str:
+    """Running text whose tokens are coloured, below a title if there is one."""
     spans = "".join(f"<span {_heat(cell)}>{html.escape(cell.text)}</span>" for cell in cells)
-    return f'<div class="lab-line" aria-live="polite">{POINT}</div><div class="lab-text">{spans}</div>'
+    head = f"<strong>{html.escape(title)}</strong>" if title else ""
+    return f'{head}<div class="lab-line" aria-live="polite">{POINT}</div><div class="lab-text">{spans}</div>'
 
 
 def write_text(title: str, prompt: str, text: str) -> str:
