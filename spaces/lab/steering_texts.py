@@ -10,136 +10,51 @@
 import copy
 import difflib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages.lens import answer_example
 from peft import PeftModel
+from steering_settings import BUNDLED, BUNDLED_FOLDER, LISTS, Settings, Vectors
 from store import Loaded, Token
 from torch import nn
 
-from hf_ext import tiny
 from hf_ext.analysis.vector_lens import mean_effects, vector_lens
 from hf_ext.sites import anatomy
 from hf_ext.steering import add_vectors, contrastive_vectors, read_vectors
 from hf_ext.steering.vectors import stream_vectors
 
 
-LISTS, ADAPTER, BUNDLED = "two lists of prompts", "an adapter", "SmolLM2, trained on sums"
-BUNDLED_FOLDER = Path(tiny.__file__).with_name("steering-smollm2")
-METHODS = [("mean difference", "mean_difference"), ("PCA", "pca")]
 MAX_TOKENS = 4096  # of both lists together
-STRENGTH = 2.0  # sum of the scales over the layers that two lists steer: about where SmolLM2 still writes well
-STEP = 0.05  # of the scale
 WORDS = 6  # tokens at each end of a vector's lens
 EFFECT_TOKENS = 24  # of the text that a vector's effect is measured on
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 KINDS = "a folder of a steering or BEFT adapter, a .npy or .gguf file, or a Hub id"
 
-Vectors = dict[int, torch.Tensor]
 Row = dict[str, Any]
-
-PRESETS = {
-    "Joyful, not sad": (
-        "I feel wonderful today!\nWhat a happy day!\nThis is the best news I have ever heard.\nI love this place.\n"
-        "She smiled with joy.\nThey laughed and danced all night.",
-        "I feel terrible today.\nWhat a sad day.\nThis is the worst news I have ever heard.\nI hate this place.\n"
-        "She cried with grief.\nThey wept and mourned all night.",
-    ),
-    "Formal, not casual": (
-        "We would be most grateful for your assistance in this matter.\n"
-        "I regret to inform you that the meeting has been postponed.\n"
-        "Please accept our sincere apologies for the inconvenience.\n"
-        "The committee respectfully requests that you attend.\n"
-        "It is a great pleasure to make your acquaintance.\n"
-        "One must consider the matter with appropriate care.",
-        "We'd love it if you could help us out with this thing.\n"
-        "Hey, so the meeting got pushed back, sorry.\n"
-        "Sorry about that, my bad, won't happen again.\n"
-        "The guys really want you to come hang out.\n"
-        "Hey, nice to meet you, what's up?\n"
-        "Yeah, just chill and don't mess it up, okay?",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the fields of the page hold."""
-
-    model: str
-    source: str
-    towards: str
-    away: str
-    method: str
-    adapter: str
-    scale: float
-    first: int
-    last: int
-    prompt: str
-    chat: bool
-    max_new_tokens: int
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What the vectors depend on."""
-        where = (self.towards, self.away, self.method) if self.source == LISTS else (self.adapter,)
-        return (self.model, self.source, *where)
-
-    def ids(self, loaded: Loaded) -> list[int]:
-        """The prompt as tokens."""
-        if not self.prompt.strip():
-            raise ValueError("The prompt must have a word, got none. Write one.")
-        chat = [{"role": "user", "content": self.prompt}]
-        return loaded.chat_ids(chat) if self.chat else loaded.text_ids(self.prompt)
-
-    def vectors(self, loaded: Loaded) -> Vectors:
-        """Layer -> vector of all that the source has; the errors say what is wrong with it."""
-        if self.source == LISTS:
-            found = from_lists(loaded, self.towards, self.away, self.method)
-        else:
-            found = from_adapter(loaded, str(BUNDLED_FOLDER) if self.source == BUNDLED else self.adapter)
-        layers = anatomy(loaded.model).num_layers
-        if (outside := max(found)) >= layers:
-            raise ValueError(
-                f"The vectors must be for layers 0 to {layers - 1} of {self.model}, got one for layer {outside}. "
-                "Load the model that they were made for."
-            )
-        return found
-
-    def chosen(self, vectors: Vectors, layers: int) -> Vectors:
-        """Those of the layers that are to be steered, of a model with so many."""
-        if not 0 <= self.first <= self.last < layers:
-            raise ValueError(
-                f"The layers must go up within 0 to {layers - 1}, got {self.first} to {self.last}. Move the sliders."
-            )
-        found = {layer: vector for layer, vector in vectors.items() if self.first <= layer <= self.last}
-        if not found:
-            raise ValueError(
-                f"The layers must have a vector among them, got {self.first} to {self.last}; there are vectors in "
-                f"{', '.join(map(str, vectors))}. Move the sliders."
-            )
-        return found
-
-
-def sources() -> list[str]:
-    """Where vectors may come from; trained ones of SmolLM2 where the package has them."""
-    return [LISTS, ADAPTER, *([BUNDLED] if BUNDLED_FOLDER.is_dir() else [])]
-
-
-def defaults(source: str, layers: int) -> tuple[float, int, int]:
-    """Scale, first and last layer to begin with, of so many: an adapter as it is, two lists in the middle."""
-    if source != LISTS:
-        return 1.0, 0, layers - 1
-    first, last = layers // 3, max(2 * layers // 3 - 1, layers // 3)
-    return min(1.0, round(STRENGTH / (last - first + 1) / STEP) * STEP), first, last
 
 
 def twin(model: nn.Module) -> Any:
     """A model of its own that shares all parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def find_vectors(loaded: Loaded, asked: Settings) -> Vectors:
+    """Layer -> vector of all that the source has; the errors say what is wrong with it."""
+    if asked.source == LISTS:
+        found = from_lists(loaded, asked.towards, asked.away, asked.method)
+    else:
+        found = from_adapter(loaded, str(BUNDLED_FOLDER) if asked.source == BUNDLED else asked.adapter)
+    layers = anatomy(loaded.model).num_layers
+    if (outside := max(found)) >= layers:
+        raise ValueError(
+            f"The vectors must be for layers 0 to {layers - 1} of {loaded.name}, got one for layer {outside}. "
+            "Load the model that they were made for."
+        )
+    return found
 
 
 def from_lists(loaded: Loaded, towards: str, away: str, method: str) -> Vectors:
@@ -238,6 +153,39 @@ def changed(base: Sequence[str], steered: Sequence[str]) -> tuple[list[bool], li
     return marks
 
 
+def shown_with(asked: Settings) -> dict[str, Any]:
+    """What both texts are shown with, before there is a token of them."""
+    shown = {name: getattr(asked, name) for name in ("prompt", "chat", "scale", "first", "last")}
+    return {**shown, "base": [], "steered": []}
+
+
+def add_tokens(found: dict[str, Any], loaded: Loaded, tokens: tuple[list[Token], list[Token]]) -> None:
+    """Write out those that `found` does not have yet: [text, probability, guesses] each."""
+    for name, side in zip(("base", "steered"), tokens, strict=True):
+        said = found[name]
+        for at in range(len(said), len(side)):
+            row = answer_example(loaded, side[at : at + 1])["answer"][0]
+            # a character of several tokens is the last one's
+            before, now = (loaded.text([token.id for token in side[:end]]) for end in (at, at + 1))
+            said.append([now[len(before) :], *row[1:]])
+
+
+def marks_of(found: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
+    """For each token of both texts, whether it has changed."""
+    base, steered = ([text for text, *_ in found[name]] for name in ("base", "steered"))
+    return changed(base, steered)
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """One sentence: how far the texts differ."""
+    marks = marks_of(found)
+    if not any(map(any, marks)):
+        nothing = " Nothing is added at scale 0." if found["scale"] == 0 else ""
+        return f"The steered text is the base's own, token by token.{nothing}"
+    start = min(side.index(True) for side in marks if True in side)
+    return f"{sum(marks[1])} of {len(marks[1])} tokens have changed; the texts part at token {start + 1}."
+
+
 def lens_row(loaded: Loaded, vector: torch.Tensor) -> Row:
     """Length of a vector, and the tokens that it points to and away from, as [text, cosine, dot product]."""
     size = min(len(loaded.tokenizer), loaded.model.get_output_embeddings().weight.shape[0])
@@ -260,4 +208,4 @@ def effect_row(loaded: Loaded, layer: int, vector: torch.Tensor, ids: list[int])
 
 
 def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
+    return " ".join(str(error).split()).split(". ")[0][:160]

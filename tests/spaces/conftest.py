@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 LAB = Path(__file__).parents[2] / "spaces" / "lab"
@@ -71,6 +71,20 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         model.lm_head.weight[1].zero_()  # the tokenizer's end token: never the likeliest
     model.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def lively(folder, lab, tmp_path_factory):
+    """The random Llama again, with weights so large that it says something else after every text."""
+    target = str(tmp_path_factory.mktemp("models") / "lively")
+    config = LlamaConfig.from_pretrained(folder, initializer_range=0.3)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[:4].zero_()  # special tokens
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
     return target
 
 

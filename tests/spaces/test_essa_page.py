@@ -12,20 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
-@pytest.fixture(scope="module")
-def lively(folder, lab, tmp_path_factory):
-    """The random Llama again, with weights so large that it says something else after every text."""
-    target = str(tmp_path_factory.mktemp("models") / "lively")
-    config = LlamaForCausalLM.config_class.from_pretrained(folder, initializer_range=0.3)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight[:4].zero_()  # special tokens
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
-    return target
-
-
 def settings(model, **changes):
     from essa_settings import Settings
 

@@ -220,13 +220,15 @@ def test_the_lens_map_ends_in_the_models_own_next_tokens(lab, folder):
 
 
 def test_what_a_model_writes_is_escaped(lab):
-    from pages import essa, lime
+    from pages import essa, lime, steering
     from views import Cell, heat_map, key, line_chart, token_text, write_text
 
     evil = "<img src=x onerror=alert(1)>\"'"
     cell = Cell(evil, 0.5, evil)
     said = {"question": evil, "answer": evil, "before": evil, "after": evil}
     said |= {"before_reward": 0.0, "after_reward": None}
+    token = [evil, 0.5, [[evil, 0.5]]]
+    texts = {"prompt": evil, "chat": True, "scale": 1, "first": 0, "last": 1, "base": [token], "steered": []}
     for shown in (
         token_text([cell]),
         heat_map(evil, [evil], [(evil, [cell])], label=evil),
@@ -235,6 +237,8 @@ def test_what_a_model_writes_is_escaped(lab):
         line_chart(evil, [(evil, [1.0, 2.0])]),
         lime.circuit_table([{"reader": [1, 0], "source": [0, 0], "strength": 0.5, "tokens": [evil]}]),
         essa.answer_table({"answers": [said]}),
+        *steering.texts(texts),
+        steering.lens_table({0: {"length": 1.0, "top": [[evil, 0.5, 1.0]], "bottom": []}}),
     ):
         assert "<img" not in shown
         assert 'onerror=alert(1)>"' not in shown
@@ -265,7 +269,7 @@ def test_a_bad_model_is_answered_with_the_sentence_that_names_the_cure(client, t
 
 
 def test_an_unknown_page_is_refused_with_the_list(lab):
-    with pytest.raises(ValueError, match="lens, lime, essa, got 'lenz'"):
+    with pytest.raises(ValueError, match="lens, lime, steering, essa, got 'lenz'"):
         lab.build_demo(only="lenz")
 
 
@@ -286,7 +290,7 @@ def test_a_port_in_use_is_one_sentence_that_names_another_and_exit_code_1(folder
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("page", ["lens", "lime", "essa"])
+@pytest.mark.parametrize("page", ["lens", "lime", "steering", "essa"])
 def test_the_python_code_of_a_page_runs(lab, folder, page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = lab.PAGES[page].CODE
@@ -312,12 +316,17 @@ def test_the_computed_examples_are_of_the_real_model():
     assert len(essa["generations"]) == essa["planned"]
     assert {len(found["fitness"]) for found in essa["generations"]} == {8}
     assert any(row["before"] != row["after"] for row in essa["answers"])
+    steering = json.loads((LAB / "examples" / "steering.json").read_text())
+    assert (steering["model"], steering["layers"]) == ("smollm2", 30)
+    assert steering["lens"].keys() == steering["effects"].keys() == {str(layer) for layer in range(10, 20)}
+    said = {name: "".join(text for text, *_ in steering[name]) for name in ("base", "steered")}
+    assert "amazing" in said["steered"] and "amazing" not in said["base"]
 
 
 @pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1280, "light")])
 def test_all_pages_are_full_at_once_and_no_wider_than_the_window(page, width, theme):
     opened = page(width, theme)
-    for tab in ("Lens", "LIMe", "ESSA"):
+    for tab in ("Lens", "LIMe", "Steering", "ESSA"):
         opened.get_by_role("tab", name=tab, exact=True).click()
         opened.locator(".lab-scroll td:visible").first.wait_for()
         assert opened.evaluate("document.documentElement.scrollWidth") <= width

@@ -11,25 +11,21 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
-from pages.lens import answer_cells, answer_example
+from pages.lens import answer_cells
+from steering_settings import ADAPTER, BUNDLED, LISTS, METHODS, PRESETS, STEP, Settings, defaults, sources
 from steering_texts import (
-    ADAPTER,
-    BUNDLED,
-    LISTS,
-    METHODS,
-    PRESETS,
-    STEP,
     WORDS,
     Row,
-    Settings,
-    changed,
-    defaults,
+    add_tokens,
     effect_row,
+    find_vectors,
     lens_row,
-    sources,
+    marks_of,
+    shown_with,
+    summary,
     write_both,
 )
-from store import MODEL, UNAVAILABLE, Loaded, Store, Token
+from store import MODEL, UNAVAILABLE, Store
 from views import Cell, heat_map, note, read_example, token_text, view, visible
 
 from hf_ext.sites import anatomy
@@ -103,7 +99,7 @@ def build(store: Store) -> None:
                 list(PRESETS), value=PRESET, label="Lists", info="fills both; then change them", min_width=240
             )
             method = gr.Radio(
-                METHODS, value=METHODS[0][1], label="Direction", info="of the differences", min_width=240
+                METHODS, value=METHODS[0][1], label="Method", info="how pairs become a direction", min_width=240
             )
         with gr.Row():
             towards = gr.Textbox(
@@ -176,8 +172,8 @@ def build(store: Store) -> None:
         except UNAVAILABLE as error:
             yield {status: f"**{name} cannot be steered.** {error}\n\nWhat you see was computed earlier."}
             return
-        if at["model"] != name:
-            yield place(source, name, layers)
+        # a generator that yields nothing would empty its outputs
+        yield place(source, name, layers) if at["model"] != name else {known: at}
         if not quietly:
             yield {status: f"**{name}** is ready: {layers} layers."}
 
@@ -192,7 +188,7 @@ def build(store: Store) -> None:
             yield place(asked.source, asked.model, layers)
         if have.get("key") != asked.key:
             yield {says: "Making the vectors ..." if asked.source == LISTS else "Reading the adapter ..."}
-            have = {"key": asked.key, "vectors": asked.vectors(loaded)}
+            have = {"key": asked.key, "vectors": find_vectors(loaded, asked)}
         chosen = asked.chosen(have["vectors"], layers)
         yield {made: {**have, "chosen": list(chosen)}}
         return loaded, asked, chosen
@@ -267,7 +263,12 @@ def build(store: Store) -> None:
         **MODEL,
         **private,
     )
-    looking: dict[str, Any] = {"inputs": [made, read], "outputs": [lens, read], **MODEL, **private}
+    looking: dict[str, Any] = {
+        "inputs": [made, read],
+        "outputs": [lens, read],
+        "trigger_mode": "always_last",
+        **waiting,
+    }
     writing.success(look, **looking)
     stop.click(lambda: "Stopped.", None, status, cancels=[writing], **private).then(look, **looking)
     measuring = measure.click(
@@ -285,7 +286,7 @@ def example(store: Store) -> dict[str, Any]:
     asked = Settings(
         store.default, LISTS, towards, away, METHODS[0][1], "", scale, first, last, PROMPT, False, LENGTH
     )  # fmt: skip
-    ids, vectors = asked.ids(loaded), asked.chosen(asked.vectors(loaded), layers)
+    ids, vectors = asked.ids(loaded), asked.chosen(find_vectors(loaded, asked), layers)
     found = shown_with(asked)
     for tokens in write_both(loaded, vectors, scale, ids, LENGTH):
         add_tokens(found, loaded, tokens)
@@ -300,23 +301,6 @@ def example(store: Store) -> dict[str, Any]:
     }
 
 
-def shown_with(asked: Settings) -> dict[str, Any]:
-    """What both texts are shown with, before there is a token of them."""
-    shown = {name: getattr(asked, name) for name in ("prompt", "chat", "scale", "first", "last")}
-    return {**shown, "base": [], "steered": []}
-
-
-def add_tokens(found: dict[str, Any], loaded: Loaded, tokens: tuple[list[Token], list[Token]]) -> None:
-    """Write out those that `found` does not have yet: [text, probability, guesses] each."""
-    for name, side in zip(("base", "steered"), tokens, strict=True):
-        said = found[name]
-        for at in range(len(said), len(side)):
-            row = answer_example(loaded, side[at : at + 1])["answer"][0]
-            # a character of several tokens is the last one's
-            before, now = (loaded.text([token.id for token in side[:end]]) for end in (at, at + 1))
-            said.append([now[len(before) :], *row[1:]])
-
-
 def texts(found: Mapping[str, Any]) -> list[str]:
     """The base's text and the steered one, their prompt before them; coloured where they differ."""
     titles = ["Base", f"Steered: scale {found['scale']:g}, layers {found['first']} to {found['last']}"]
@@ -327,22 +311,6 @@ def texts(found: Mapping[str, Any]) -> list[str]:
         cells = [cell._replace(heat=MARK * mark) for cell, mark in zip(cells, marks, strict=True)]
         shown.append(token_text([before, *cells], title))
     return shown
-
-
-def marks_of(found: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
-    """For each token of both texts, whether it has changed."""
-    base, steered = ([text for text, *_ in found[name]] for name in ("base", "steered"))
-    return changed(base, steered)
-
-
-def summary(found: Mapping[str, Any]) -> str:
-    """One sentence: how far the texts differ."""
-    marks = marks_of(found)
-    if not any(map(any, marks)):
-        nothing = " Nothing is added at scale 0." if found["scale"] == 0 else ""
-        return f"The steered text is the base's own, token by token.{nothing}"
-    start = min(side.index(True) for side in marks if True in side)
-    return f"{sum(marks[1])} of {len(marks[1])} tokens have changed; the texts part at token {start + 1}."
 
 
 def lens_table(rows: Mapping[Any, Row]) -> str:
