@@ -319,6 +319,7 @@ def test_the_lens_table_has_the_last_layer_on_top_and_colours_by_cosine(lab):
 def opened(page):
     def open_at(width, theme="light"):
         opened = page(width, theme)
+        opened.set_default_timeout(120_000)  # only ends a test that would hang
         opened.get_by_role("tab", name="Steering", exact=True).click()
         # set for the model's own layers, the middle one of three
         opened.wait_for_function("[...document.querySelectorAll('input[type=number]')].some((x) => x.max === '2')")

@@ -62,9 +62,9 @@ for layer, vector in vectors.items():  # what each one says
 
 prompt = tokenizer("My first day at the new job was", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32, do_sample=False)[0]))
-model = add_vectors(model, vectors, scale=0.2)  # or a folder, a .npy or a .gguf file in place of `vectors`
+model = add_vectors(model, vectors, scale=0.1)  # or a folder, a .npy or a .gguf file in place of `vectors`
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32, do_sample=False)[0]))
-model.set_scale("default", -0.2)
+model.set_scale("default", -0.1)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32, do_sample=False)[0]))
 model.save_pretrained("joyful")  # an adapter of PEFT
 """
