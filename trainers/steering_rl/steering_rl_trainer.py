@@ -6,6 +6,7 @@
 - TRL's advantage is r - mean, which is A (K - 1) / K: it is multiplied by K / (K - 1), K being the completions of the
   prompt that have a reward at all.
 - A reward that is NaN or infinite is an error that names function and row; TRL takes NaN for None.
+- With `beta`, the reference is the base model, whatever vectors the training starts from.
 - The log has norms of vectors, and their ratios to the stream, whose norms are the base model's on a few prompts.
 """
 

@@ -227,6 +227,41 @@ def test_an_adapter_goes_on_with_its_own_vectors(trainer, base):
     assert last["steering/cos_to_init"] == pytest.approx(found, abs=1e-6) and 0.5 < found < 1
 
 
+@pytest.mark.parametrize("start", ["none", "zeros", "vectors"])
+def test_with_beta_the_reference_is_the_base_itself_whatever_the_training_starts_from(trainer, base, start):
+    from peft import get_peft_model
+
+    from hf_ext import SteeringConfig
+
+    model, first = None, {layer: torch.full((32,), 0.5) for layer in range(3)}
+    if start != "none":
+        model = get_peft_model(base(), SteeringConfig())
+    if start == "vectors":
+        model.set_vectors("default", first)
+    made = trainer(model=model, beta=0.1)
+    score, seen = made._generate_and_score_completions, []
+
+    def spy(inputs):
+        seen.append(score(inputs))
+        return seen[-1]
+
+    made._generate_and_score_completions = spy
+    made.train()
+    untouched = base().eval()
+    for output in seen:
+        ids, written = output["prompt_ids"], output["completion_ids"]
+        with torch.no_grad():
+            logits = untouched(torch.cat((ids, written), dim=1)).logits[:, ids.shape[1] - 1 : -1]
+        expected = logits.log_softmax(-1).gather(2, written[..., None])[..., 0]
+        there = output["completion_mask"].bool()
+        torch.testing.assert_close(output["ref_per_token_logps"][there], expected[there], rtol=1e-4, atol=1e-5)
+    begun = first if start == "vectors" else dict.fromkeys(range(3), torch.zeros(32))
+    assert all(not torch.equal(vector, begun[layer]) for layer, vector in made.vectors().items())
+    assert made.vectors().keys() == begun.keys()
+    kls = [entry["kl"] for entry in made.state.log_history if "kl" in entry]
+    assert (kls[0] > 0.01) == (start == "vectors")  # at zero vectors the policy is the base
+
+
 def test_what_is_saved_loads_by_the_snippet_of_its_card(trainer, base, letters, tmp_path, run_python):
     base().save_pretrained(tmp_path / "base")
     letters.save_pretrained(tmp_path / "base")
