@@ -57,6 +57,11 @@ def find_vectors(loaded: Loaded, asked: Settings) -> Vectors:
     return found
 
 
+def same_vectors(one: Vectors, other: Vectors) -> bool:
+    """Whether both are the same to the last bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[layer], other[layer]) for layer in one)
+
+
 def from_lists(loaded: Loaded, towards: str, away: str, method: str) -> Vectors:
     """Vectors of every layer from prompts, one a line."""
     lists = [[line.strip() for line in text.splitlines() if line.strip()] for text in (towards, away)]

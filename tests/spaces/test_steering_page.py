@@ -408,6 +408,28 @@ def test_texts_are_stopped_by_the_button_and_what_was_written_stays(opened, monk
     assert 2 < shown.locator(".lab-text:visible").last.locator(".heat").count() < 128
 
 
+def test_what_is_shown_already_is_not_written_again(opened, monkeypatch):
+    from pages import steering
+
+    write_both, runs = steering.write_both, []
+
+    def counted(*args):
+        runs.append(args[2])  # the scale
+        return write_both(*args)
+
+    monkeypatch.setattr(steering, "write_both", counted)
+    shown = opened(1280)
+    fill(shown, Tokens_at_most=8, Scale=0)
+    write(shown)
+    shown.get_by_text("Nothing is added at scale 0").wait_for()
+    before = written(shown)
+    write(shown)
+    shown.wait_for_timeout(500)
+    shown.get_by_text("Nothing is added at scale 0").wait_for()
+    assert written(shown) == before
+    assert runs == [0]
+
+
 def test_a_slider_that_is_let_go_steers_anew(opened):
     shown = opened(1280)
     fill(shown, Tokens_at_most=8)

@@ -21,6 +21,7 @@ from steering_texts import (
     find_vectors,
     lens_row,
     marks_of,
+    same_vectors,
     shown_with,
     summary,
     write_both,
@@ -146,9 +147,9 @@ def build(store: Store) -> None:
         "scale": scale, "first": first, "last": last, "prompt": prompt, "chat": chat, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     known = gr.State({"model": example["model"], "layers": layers})  # what the sliders were set for
-    base_seen = gr.State({})  # the base's tokens, and what they follow
+    base_seen = gr.State({})  # the base's tokens and what they follow; what was asked and said when both were complete
     made = gr.State({})  # the vectors, and what from; `rows` of their lens
-    read = gr.State({"key": None, "shown": None, "rows": {}})  # the lens of these vectors, by layer
+    read = gr.State({})  # the lens of these vectors, by layer
     sliders = [scale, first, last]
 
     def settings(values: Sequence[Any]) -> Settings:
@@ -186,7 +187,7 @@ def build(store: Store) -> None:
             scale, first, last = defaults(asked.source, layers)
             asked = replace(asked, scale=scale, first=first, last=last)
             yield place(asked.source, asked.model, layers)
-        if have.get("key") != asked.key:
+        if asked.source != LISTS or have.get("key") != asked.key:  # a file may have changed
             yield {says: "Making the vectors ..." if asked.source == LISTS else "Reading the adapter ..."}
             have = {"key": asked.key, "vectors": find_vectors(loaded, asked)}
         chosen = asked.chosen(have["vectors"], layers)
@@ -202,18 +203,27 @@ def build(store: Store) -> None:
             ids = asked.ids(loaded)
             key = [asked.model, ids, asked.max_new_tokens]
             base = before["tokens"] if before.get("key") == key else ()
+            # a number that is typed steers as the field is left, and Write, pressed for that, would do it again
+            if before.get("asked") == asked and same_vectors(before["vectors"], vectors):
+                yield {status: before["said"]}
+                return
             found = shown_with(asked)
-            yield {status: "Writing ..."}
+            yield {status: "Writing ...", base_seen: {**before, "asked": None}}
             for tokens in write_both(loaded, vectors, asked.scale, ids, asked.max_new_tokens, base):
                 add_tokens(found, loaded, tokens)
                 yield dict(zip((base_text, steered_text), texts(found), strict=True))
-            yield {status: summary(found), base_seen: {"key": key, "tokens": tokens[0]}}
+            said = {"asked": asked, "vectors": vectors, "said": summary(found)}
+            yield {status: said["said"], base_seen: {"key": key, "tokens": tokens[0], **said}}
         except UNAVAILABLE as error:
             yield {status: f"**Nothing can be written.** {error}"}
 
     def look(have: dict[str, Any], seen: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-        rows = seen["rows"] if seen["key"] == have.get("key") else {}
-        if not have or (rows and seen["shown"] == have["chosen"]):
+        if not have:
+            yield gr.skip(), gr.skip()
+            return
+        same = seen.get("model") == have["key"][0] and same_vectors(seen["vectors"], have["vectors"])
+        rows = seen["rows"] if same else {}
+        if same and seen["shown"] == have["chosen"]:
             yield gr.skip(), gr.skip()
             return
         yield note(f"Reading {len(have['chosen'])} vectors ..."), gr.skip()
@@ -225,7 +235,9 @@ def build(store: Store) -> None:
         missing = [layer for layer in have["chosen"] if layer not in rows]
         rows = rows | {layer: lens_row(loaded, have["vectors"][layer]) for layer in missing}
         shown = {layer: rows[layer] for layer in have["chosen"]}
-        yield lens_table(shown), {"key": have["key"], "shown": have["chosen"], "rows": rows}
+        yield lens_table(shown), {
+            "model": have["key"][0], "vectors": have["vectors"], "rows": rows, "shown": have["chosen"]
+        }  # fmt: skip
 
     def measure_effects(at: dict[str, Any], have: dict[str, Any], *values: Any) -> Iterator[dict[Any, Any]]:
         asked = settings(values)
