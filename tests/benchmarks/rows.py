@@ -55,8 +55,8 @@ def take_turns(
     """
     Seconds of each side, taking turns: each is `script --worker ARGUMENTS` in a process of its own, with one thread.
 
-    A worker prints a line, then answers each line of its input by the seconds of one run. With `same` these first lines
-    (hashes of what the sides compute) must be equal; `first` is filled with them.
+    A worker prints a line, then answers each line of its input by the seconds of one run. With `same` these first
+    lines (hashes of what the sides compute) must be equal; `first` is filled with them.
     """
     from tqdm import tqdm
 
@@ -74,7 +74,8 @@ def take_turns(
     if same and len(set(said.values())) > 1:
         raise SystemExit(f"The sides must have the same output, but {' and '.join(sides)} do not.")
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for i in tqdm(range(pairs), desc=" against ".join(" ".join(Path(arg).name for arg in args) for args in sides.values())):
+    names = " against ".join(" ".join(Path(arg).name for arg in args) for args in sides.values())
+    for i in tqdm(range(pairs), desc=names):
         for side in list(sides) if i % 2 else list(sides)[::-1]:
             started[side].stdin.write("go\n")
             started[side].stdin.flush()
