@@ -50,7 +50,6 @@ def harvest_texts(
     target = held_out_file(folder)
     if target.is_file():
         return
-    torch.set_num_threads(1)
     lm, tokenizer = tiny.load(model)
     site = Hook(*hook)
     place = f"{site.path}.{site.io}"
@@ -122,7 +121,6 @@ def harvest_stories(folder: Path, file: Path, tokens: int, test: int) -> None:
 
     if file.is_file():
         return
-    torch.set_num_threads(1)
     lm, tokenizer = tiny.load(folder, dtype="float32")
     site = Hook(*hook_of(str(folder)))
     rng = random.Random(SEED)
