@@ -32,7 +32,7 @@ from hf_ext.sites import Hook
 
 
 BASELINES = ("random", "frozen_decoder", "pca")
-FROZEN_STEPS, FROZEN_BATCH, FROZEN_RATE = 300, 1024, 1e-3
+FROZEN_STEPS, FROZEN_BATCH, FROZEN_RATE = 200, 512, 1e-3
 DENSITY_BINS = [-6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0]
 
 
