@@ -6,7 +6,8 @@
 Nobody types a number: blocks come from the cards' front matter, model_cards/results and tests/benchmarks/results.
 
 - README has one line for each claim and each benchmark, the same table as results/results.md and results/results.csv.
-- A card has what concerns its system in full: recipes that test its paper, benchmarks whose name starts with its key.
+- A card has what concerns its system in full: recipes that test its paper, benchmarks whose name starts with its key
+  (or with what its front matter calls `benchmarks`).
 """
 
 import csv
@@ -124,7 +125,8 @@ def documents() -> dict[Path, str]:
     }
     for key, card in system_cards().items():
         own = [result for result in recipes if any(claim["paper"] == card["arxiv"] for claim in result["claims"])]
-        block = measured(own, [row for row in benchmarks if row["name"].startswith(f"{key}_")])
+        prefix = f"{card.get('benchmarks', key)}_"
+        block = measured(own, [row for row in benchmarks if row["name"].startswith(prefix)])
         path = ROOT / f"model_cards/{key}.md"
         files[path] = rendered(path.read_text(encoding="utf-8"), "measured", block)
     return files

@@ -7,6 +7,7 @@ from hf_ext._lazy import attach
 
 if TYPE_CHECKING:
     from trainers.essa import ESSAConfig, ESSATrainer
+    from trainers.sae import SAETrainer, SAETrainingArguments
     from trainers.steering_rl import SteeringRLConfig, SteeringRLTrainer
 
 __getattr__, __dir__, __all__ = attach(
@@ -14,6 +15,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "ESSAConfig": "trainers.essa.essa_config",
         "ESSATrainer": "trainers.essa.essa_trainer",
+        "SAETrainer": "trainers.sae.sae_trainer",
+        "SAETrainingArguments": "trainers.sae.sae_config",
         "SteeringRLConfig": "trainers.steering_rl.steering_rl_config",
         "SteeringRLTrainer": "trainers.steering_rl.steering_rl_trainer",
     },

@@ -10,7 +10,7 @@ They differ most where a few tokens have huge norms. Sums are kept in float64.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ class ReconstructionSums:
         self.error_sum = torch.zeros_like(self.mean)
         self.tokens = 0
         self._sums: dict[str, float] = dict.fromkeys(
-            ("error", "spread", "per_token", "active", "cosine", "ratio"), 0.0
+            ("error", "spread", "per_token", "active", "cosine", "ratio", "along", "made"), 0.0
         )
 
+    @torch.no_grad()
     def update(self, x: torch.Tensor, reconstruction: torch.Tensor, codes: Any) -> None:
         """Add tokens x (..., D), their reconstruction, and their codes (..., K)."""
         x = x.reshape(-1, x.shape[-1]).double()
@@ -53,8 +54,18 @@ class ReconstructionSums:
             ("active", (values > 0).double()),
             ("cosine", (x * reconstruction).sum(1) / (norms * new_norms).clamp_min(tiny)),
             ("ratio", new_norms / norms.clamp_min(tiny)),
+            ("along", (x * reconstruction).sum(1)),
+            ("made", new_norms.square()),
         ):
             self._sums[name] += float(amount.sum())
+
+    def merge(self, other: "ReconstructionSums") -> None:
+        """Add the tokens of `other`, which has the same `mean`."""
+        self.fired += other.fired
+        self.error_sum += other.error_sum
+        self.tokens += other.tokens
+        for name, amount in other._sums.items():
+            self._sums[name] += amount
 
     def compute(self) -> dict[str, float]:
         """
@@ -63,27 +74,53 @@ class ReconstructionSums:
         Returns:
             `dict[str, float]`: `ev_global`, `ev_centered`, `ev_per_token` (fractions, at most 1); `l0` (active latents
             per token); `dead_fraction` (latents that never fired) among `tokens`; `cosine` and `norm_ratio` (means
-            over tokens of the cosine of x and x^, and of |x^| / |x|).
+            over tokens of the cosine of x and x^, and of |x^| / |x|); `relative_bias` (sum |x^|^2 / sum x x^: below 1
+            where x^ is too short, arXiv 2404.16014).
         """
         if not self.tokens:
             raise ValueError("There must be at least one token to measure, got none.")
-        sums, n = self._sums, self.tokens
-        spread = sums["spread"] if sums["spread"] > 0 else math.nan
-        centred = sums["error"] - float(self.error_sum.square().sum()) / n
-        return {
-            "ev_global": 1 - sums["error"] / spread,
-            "ev_centered": 1 - centred / spread,
-            "ev_per_token": sums["per_token"] / n,
-            "l0": sums["active"] / n,
-            "dead_fraction": float((self.fired == 0).double().mean()),
-            "cosine": sums["cosine"] / n,
-            "norm_ratio": sums["ratio"] / n,
-            "tokens": n,
-        }
+        figures = _figures(self._sums, self.error_sum, self.tokens)
+        return figures | {"dead_fraction": float((self.fired == 0).double().mean()), "tokens": self.tokens}
 
     def density(self) -> torch.Tensor:
         """`(d_sae,)`: the fraction of tokens on which each latent fires."""
         return self.fired.double() / max(self.tokens, 1)
+
+
+def _figures(sums: dict[str, float], error_sum: torch.Tensor, tokens: int) -> dict[str, float]:
+    spread = sums["spread"] if sums["spread"] > 0 else math.nan
+    centred = sums["error"] - float(error_sum.square().sum()) / tokens
+    return {
+        "ev_global": 1 - sums["error"] / spread,
+        "ev_centered": 1 - centred / spread,
+        "ev_per_token": sums["per_token"] / tokens,
+        "l0": sums["active"] / tokens,
+        "cosine": sums["cosine"] / tokens,
+        "norm_ratio": sums["ratio"] / tokens,
+        "relative_bias": sums["made"] / sums["along"] if sums["along"] else math.nan,
+    }
+
+
+def reconstruction_intervals(
+    parts: Sequence[ReconstructionSums], *, samples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """
+    The 95 % interval of each figure of [`ReconstructionSums.compute`] that is a mean, by drawing documents.
+
+    Args:
+        parts (sequence of [`ReconstructionSums`]): One for each document, all with the same `mean`.
+        samples, seed (`int`): As in [`bootstrap`].
+    """
+    columns = {name: torch.tensor([p._sums[name] for p in parts], dtype=torch.double) for name in parts[0]._sums}
+    errors = torch.stack([part.error_sum for part in parts])
+    tokens = torch.tensor([part.tokens for part in parts])
+
+    def figures(chosen: torch.Tensor) -> dict[str, float]:
+        sums = {name: float(column[chosen].sum()) for name, column in columns.items()}
+        return _figures(sums, errors[chosen].sum(0), int(tokens[chosen].sum()))
+
+    drawn = [figures(chosen) for chosen in _draws(len(parts), samples, seed)]
+    return {name: _interval([found[name] for found in drawn]) for name in drawn[0]}
 
 
 @torch.no_grad()
@@ -151,7 +188,14 @@ def pca_ev_global(x: torch.Tensor, budgets: Sequence[int]) -> dict[int, float]:
 
 @torch.no_grad()
 def language_metrics(
-    model: Any, saes: dict[str, Any], input_ids: torch.Tensor, *, skip_positions: int = 1, k: int | None = None
+    model: Any,
+    saes: dict[str, Any],
+    input_ids: torch.Tensor,
+    *,
+    skip_positions: int = 1,
+    k: int | None = None,
+    means: dict[str, torch.Tensor] | None = None,
+    ablate: bool = True,
 ) -> dict[str, torch.Tensor]:
     """
     What replacing activations by their reconstructions costs the language model, document by document.
@@ -162,11 +206,14 @@ def language_metrics(
         input_ids (`torch.LongTensor` of shape `(documents, T)`): Whole rows, without padding.
         skip_positions (`int`, *optional*, defaults to 1): First positions of each row that are left as they are.
         k (`int`, *optional*): Budget, as in `sae.encode`.
+        means (`dict[str, torch.Tensor]`, *optional*): Name -> (D,), what mean ablation puts in; by default the mean
+            over these documents.
+        ablate (`bool`, *optional*, defaults to `True`): Whether ablations are measured, too: two passes more.
 
     Returns:
         `dict[str, torch.Tensor]`, each `(documents,)` in nats per token: `ce_clean`; `ce_sae`, `ce_zero` and `ce_mean`
-        with the activations replaced by reconstructions, by 0, and by their mean over these documents; `kl`, from the
-        clean prediction to the one with reconstructions. See [`recovered`] for scores.
+        with the activations replaced by reconstructions, by 0, and by their mean; `kl`, from the clean prediction to
+        the one with reconstructions. See [`recovered`] for scores.
     """
     from hf_ext.record import edit, record
     from hf_ext.sites import Hook
@@ -174,12 +221,14 @@ def language_metrics(
     hooks = {name: Hook(sae.config.hook_name, sae.config.hook_io) for name, sae in saes.items()}
     with record(model, hooks) as seen:
         clean = model(input_ids, use_cache=False).logits
-    means = {name: mean_of([part[:, skip_positions:] for part in parts]) for name, parts in seen.items()}
+    if means is None:
+        means = {name: mean_of([part[:, skip_positions:] for part in parts]) for name, parts in seen.items()}
     replacements: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
-        "ce_sae": lambda name, hidden: saes[name](hidden, k).reconstruction,
-        "ce_zero": lambda name, hidden: torch.zeros_like(hidden),
-        "ce_mean": lambda name, hidden: means[name].to(hidden).expand_as(hidden),
+        "ce_sae": lambda name, hidden: saes[name](hidden, k).reconstruction
     }
+    if ablate:
+        replacements["ce_zero"] = lambda name, hidden: torch.zeros_like(hidden)
+        replacements["ce_mean"] = lambda name, hidden: means[name].to(hidden).expand_as(hidden)
     found = {"ce_clean": _cross_entropy(clean, input_ids)}
     for metric, replace in replacements.items():
 
@@ -222,11 +271,19 @@ def bootstrap(
 
         low, high = bootstrap(lambda chosen: float(found["ce_sae"][chosen].mean()), len(found["ce_sae"]))
     """
+    return _interval([statistic(chosen) for chosen in _draws(documents, samples, seed)], level)
+
+
+def _draws(documents: int, samples: int, seed: int) -> Iterator[torch.Tensor]:
     if documents < 2:
         raise ValueError(f"`documents` must be at least 2 to draw from, got {documents}.")
     generator = torch.Generator().manual_seed(seed)
-    draws = (torch.randint(documents, (documents,), generator=generator) for _ in range(samples))
-    values = torch.tensor([statistic(chosen) for chosen in draws], dtype=torch.double)
+    for _ in range(samples):
+        yield torch.randint(documents, (documents,), generator=generator)
+
+
+def _interval(found: list[float], level: float = 0.95) -> tuple[float, float]:
+    values = torch.tensor(found, dtype=torch.double)
     tail = (1 - level) / 2
     return float(values.quantile(tail)), float(values.quantile(1 - tail))
 

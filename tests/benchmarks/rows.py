@@ -49,12 +49,14 @@ def write(
     print(json.dumps(row, indent=2))
 
 
-def take_turns(script: str, sides: dict[str, list[str]], pairs: int, same: bool) -> dict[str, list[float]]:
+def take_turns(
+    script: str, sides: dict[str, list[str]], pairs: int, same: bool, first: dict[str, str] | None = None
+) -> dict[str, list[float]]:
     """
     Seconds of each side, taking turns: each is `script --worker ARGUMENTS` in a process of its own, with one thread.
 
-    A worker prints a hash of its output, then answers each line of its input by the seconds of one run. With `same`
-    the hashes must be equal.
+    A worker prints a line, then answers each line of its input by the seconds of one run. With `same` these first
+    lines (hashes of what the sides compute) must be equal; `first` is filled with them.
     """
     from tqdm import tqdm
 
@@ -64,11 +66,16 @@ def take_turns(script: str, sides: dict[str, list[str]], pairs: int, same: bool)
         side: subprocess.Popen([*run, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         for side, args in sides.items()
     }
-    hashes = {process.stdout.readline() for process in started.values()}
-    if same and len(hashes) > 1:
+    said = {side: process.stdout.readline() for side, process in started.items()}
+    if not all(said.values()):
+        raise SystemExit(f"A side has ended: {', '.join(side for side, line in said.items() if not line)}.")
+    if first is not None:
+        first |= said
+    if same and len(set(said.values())) > 1:
         raise SystemExit(f"The sides must have the same output, but {' and '.join(sides)} do not.")
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for i in tqdm(range(pairs), desc=" against ".join(" ".join(args) for args in sides.values())):
+    names = " against ".join(" ".join(Path(arg).name for arg in args) for args in sides.values())
+    for i in tqdm(range(pairs), desc=names):
         for side in list(sides) if i % 2 else list(sides)[::-1]:
             started[side].stdin.write("go\n")
             started[side].stdin.flush()

@@ -4,7 +4,8 @@
     python -m tests.benchmarks steering_bank --pairs 1     # a quick look
 
 - `bank`: 16 prompts, each with an adapter of its own (a vector in every layer), in one `generate` call with
-  `adapter_names`; the peer is steering-vectors (extra `peers`), whose vector is put in for each prompt in turn.
+  `adapter_names`; the peer is steering-vectors (it asks for transformers 4: `pip install --no-deps steering-vectors`),
+  whose vector is put in for each prompt in turn.
 - `one`: a batch of 16 with one adapter; `merged`: the same, merged into biases. The peer of both is the base model.
 - 48-token prompts, 24 new tokens, greedy, float32, one thread. The sides of `bank` must write the same tokens.
 """
@@ -50,7 +51,7 @@ def worker(side: str, name: str) -> None:
         try:
             from steering_vectors import SteeringVector
         except ImportError as error:
-            raise SystemExit('The peer is missing: pip install "hf_ext[peers]"') from error
+            raise SystemExit("The peer is missing: pip install --no-deps steering-vectors") from error
         bank = [SteeringVector(dict(enumerate(own))) for own in vectors]
 
         def run():

@@ -14,4 +14,13 @@ A recipe is a module here, listed in `NAMES`. It holds:
 - `plot(result, figure)`: optional; draws from the result's JSON on a matplotlib figure.
 """
 
-NAMES = ("essa", "essa_smollm2", "lime", "lime_routers", "steering", "steering_smollm2", "stories")
+NAMES = (
+    "essa",
+    "essa_smollm2",
+    "lime",
+    "lime_routers",
+    "sae_hierarchical",
+    "steering",
+    "steering_smollm2",
+    "stories",
+)

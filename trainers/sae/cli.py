@@ -22,7 +22,8 @@ class SAEScriptArguments:
     dataset_name: str = field(
         metadata={
             "help": "A Hub id, a file (.txt, .json, .jsonl, .csv, .parquet, packed or not), a folder of such files, "
-            "or tasks:stories."
+            "or tasks:stories; several with commas between them take turns, row by row, the shorter ones again and "
+            "again."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -110,8 +111,18 @@ def sae_configs(script: SAEScriptArguments, args: SAETrainingArguments, model: s
 
 
 def read(script: SAEScriptArguments, name: str, split: str, text_field: str) -> Any:
-    """Rows with a text, of a task, files or the Hub."""
-    from datasets import Dataset, load_dataset
+    """Rows with a text, of a task, files or the Hub; of several names by turns, each in an order of its own."""
+    from datasets import Dataset, interleave_datasets, load_dataset
+
+    if "," in name and not Path(name).exists():
+        parts = [read(script, one.strip(), split, text_field) for one in name.split(",")]
+        if script.streaming or not all(text_field in part.column_names for part in parts):
+            raise ValueError(
+                f"`dataset_name` must be of data sets with {text_field!r} (dataset_text_field) that are not streamed, "
+                f"where it names several, got {name}."
+            )
+        shuffled = [part.select_columns([text_field]).shuffle(seed=0) for part in parts]
+        return interleave_datasets(shuffled, stopping_strategy="all_exhausted")
 
     if name == "tasks:stories":
         from hf_ext.tasks import stories

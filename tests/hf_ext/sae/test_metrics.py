@@ -15,6 +15,7 @@ from hf_ext.sae.metrics import (
     language_metrics,
     mean_of,
     pca_ev_global,
+    reconstruction_intervals,
     reconstruction_metrics,
     recovered,
 )
@@ -34,6 +35,7 @@ def test_the_three_explained_variances_are_what_their_formulas_say_by_hand():
     assert (found["l0"], found["dead_fraction"], found["tokens"]) == (1.5, 3 / 5, 2)
     assert found["norm_ratio"] == pytest.approx((0 / 1 + 4 / 3) / 2)
     assert found["cosine"] == pytest.approx((0 + 1) / 2)  # a reconstruction of 0 has no direction
+    assert found["relative_bias"] == pytest.approx((0 + 16) / (0 + 12))
     assert sums.density().tolist() == [1, 0, 0, 0.5, 0]
 
 
@@ -57,6 +59,26 @@ def test_pieces_and_the_whole_give_the_same_figures(sae, tokens):
     expected = 1 - (model(x).reconstruction - x).square().sum() / (x - x.mean(0)).square().sum()
     assert whole["ev_global"] == pytest.approx(expected.item(), rel=1e-12)
     assert reconstruction_metrics(model, x, 2)["l0"] == 2
+
+
+def test_intervals_of_all_figures_are_bootstraps_over_documents(sae, tokens):
+    model, documents = sae("topk").eval(), tokens(6, 20)
+    mean, parts = mean_of(documents), []
+    for x in documents:
+        output = model(x)
+        parts.append(ReconstructionSums(mean, 40))
+        parts[-1].update(x, output.reconstruction, output.codes)
+    found = reconstruction_intervals(parts, samples=50, seed=3)
+
+    def ev(chosen):
+        whole = ReconstructionSums(mean, 40)
+        for at in chosen:
+            output = model(documents[at])
+            whole.update(documents[at], output.reconstruction, output.codes)
+        return whole.compute()["ev_centered"]
+
+    assert found["ev_centered"] == pytest.approx(bootstrap(ev, 6, samples=50, seed=3), rel=1e-12)
+    assert found.keys() == set(parts[0].compute()) - {"dead_fraction", "tokens"}
 
 
 def test_the_curve_over_budgets_is_the_ev_at_each_budget(sae, tokens):
@@ -141,3 +163,14 @@ def test_nothing_to_measure_is_an_error():
         mean_of([torch.zeros(0, 3)])
     with pytest.raises(ValueError, match="at least one token"):
         ReconstructionSums(torch.zeros(3), 4).compute()
+
+
+def test_ablation_takes_a_mean_that_is_given_and_can_be_left_out(lm, ids, sae):
+    hook = resolve(lm, "resid_post", 1)
+    model = sae("topk", hook_name=hook.path).eval()
+    whole = language_metrics(lm, {"sae": model}, ids)
+    alone = language_metrics(lm, {"sae": model}, ids, ablate=False)
+    assert set(whole) - set(alone) == {"ce_zero", "ce_mean"}
+    assert all(torch.equal(whole[name], alone[name]) for name in alone)
+    zeros = language_metrics(lm, {"sae": model}, ids, means={"sae": torch.zeros(12)})
+    assert torch.equal(zeros["ce_mean"], whole["ce_zero"]) and not torch.equal(whole["ce_mean"], whole["ce_zero"])
