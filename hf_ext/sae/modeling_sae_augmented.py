@@ -73,7 +73,10 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         given = base_model is not None
         if not given:
-            base_model = AutoModelForCausalLM.from_config(config.get_text_config(), attn_implementation=attention)
+            # the dtype that was asked of this model goes before the one that the model inside was saved in
+            base_model = AutoModelForCausalLM.from_config(
+                config.get_text_config(), attn_implementation=attention, dtype=torch.get_default_dtype()
+            )
         else:
             config.__dict__["_inner"] = None, base_model.config
         self.model = base_model
@@ -83,11 +86,15 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
         self._call = Call(base_model, config.skip_positions, special)
         self._states: dict[str, State] = {}
         self._apply_config()
-        base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        base_model.register_forward_hook(self._end)
-        for name, sae in self.saes.items():
-            module = _module(base_model, name, sae.config.hook_name)
-            place(module, sae.config.hook_io, partial(self._visit, name), name in (config.in_place or []))
+        self._handles = [
+            base_model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            base_model.register_forward_hook(self._end),
+        ]
+        one: Any
+        for name, one in self.saes.items():
+            module = _module(base_model, name, one.config.hook_name)
+            in_place = name in (config.in_place or [])
+            self._handles.append(place(module, one.config.hook_io, partial(self._visit, name), in_place))
         # neither the model nor the SAEs are to be initialised again
         with init.no_init_weights():
             self.post_init()
@@ -353,6 +360,12 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
             found[f"ce_recovered_{worst}"] = (total[f"ce_{worst}"] - total["ce_sae"]) / gap
         return found
 
+    def detach(self) -> PreTrainedModel:
+        """Take the hooks off and return the model inside, which is then as it was; this one is of no more use."""
+        for handle in self._handles:
+            handle.remove()
+        return self.model
+
     def train(self, mode: bool = True) -> "SAEAugmentedModelForCausalLM":
         """As of any module; SAEs stay in evaluation mode, where a batch changes no threshold."""
         super().train(mode)
@@ -526,9 +539,9 @@ def _warn_of_another_base(config: SAEAugmentedConfig, base: nn.Module) -> None:
     if found is not None and found != config.base_fingerprint:
         revision = f" (revision {config.base_revision})" if config.base_revision else ""
         warnings.warn(
-            f"The causal LM must be the one that the SAEs were attached to, "
-            f"{config.base_model_name_or_path}{revision} with fingerprint {config.base_fingerprint}, got one with {found}: another revision, or finetuned since. "
-            "What latents mean may have changed.",
+            f"The causal LM must be {config.base_model_name_or_path}{revision}, to which the SAEs were attached, with "
+            f"fingerprint {config.base_fingerprint}, got one with {found}: another revision, or finetuned since. What "
+            "latents mean may have changed.",
             stacklevel=3,
         )
 
