@@ -6,7 +6,7 @@ from importlib import import_module
 
 
 # command -> the module whose `main(argv)` it is
-COMMANDS = {"convert": "hf_ext.sae.convert"}
+COMMANDS = {"convert": "hf_ext.sae.convert", "index": "hf_ext.sae.feature_index_cli"}
 
 
 def main(argv: list[str] | None = None) -> int:

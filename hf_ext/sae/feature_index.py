@@ -1,0 +1,494 @@
+"""What every latent of an SAE does on some texts: contexts, logit effects, histograms, neighbours, search by words.
+
+    <folder>/index.json          what it is of, and its settings
+    <folder>/index.safetensors   of the A latents that fire at all; slot (F,) finds a latent among them, -1: silent
+        ids, activations (A, N, W)   the N contexts of strongest activation, each of another row, of W tokens
+        peaks, rows (A, N)           where in the context the latent is strongest (-1: no such context), and which row
+        density, mean, most (F,)     share of tokens on which it fires; mean and largest activation there
+        histogram (A, H)             tokens by activation, between `edges` (powers of 2) of index.json
+        near, near_share (A, M)      latents that most often fire with it, and on which share of its tokens; -1: none
+        raised, raised_by, lowered, lowered_by (A, M)  tokens whose logits its row raises and lowers most
+
+- Building goes in two steps. Codes of some rows at a time are written to `<folder>/parts`, and what is there is not
+  computed again: a stopped build goes on. Then all of them are sorted by latent once, and every figure is exact.
+- Logit effects are direct: W_dec row, times the final norm's weight, on the unembedding; layers between are left out.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from hf_ext.record import record
+from hf_ext.sites import Hook, anatomy, unwrap
+
+
+SCHEMA = 1
+EDGES = [2.0**power for power in range(-6, 11)]
+ROWS_AT_ONCE, LATENTS_AT_ONCE = 8, 64
+# the peak has so many tokens after it, where the row has them
+AFTER = 4
+
+
+class Hit(NamedTuple):
+    """
+    A latent whose contexts hold some words.
+
+    Attributes:
+        latent (`int`): Which.
+        contexts (`int`): In how many of its contexts they are.
+        share (`float`): Mean over all of its contexts of its activation on the words, as a share of that at the peak.
+    """
+
+    latent: int
+    contexts: int
+    share: float
+
+
+class FeatureIndex:
+    """
+    An index that [`build_feature_index`] wrote.
+
+    Args:
+        folder (`str` or path): Its folder.
+
+    Attributes:
+        info (`dict`): What index.json holds: `sae`, `model`, `d_sae`, `tokens`, `edges`, ...
+        tensors (`dict[str, torch.Tensor]`): As listed at the head of this module.
+
+    Raises:
+        ValueError: for a folder without a whole index, saying whether a build is to be continued.
+
+    Example:
+
+        index = FeatureIndex("saes/layer15-index")
+        index.contexts(812)[0], index.search(" dragon", tokenizer)[:5]
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        root = Path(folder)
+        if not (root / "index.json").is_file() or not (root / "index.safetensors").is_file():
+            begun = "Its build was stopped: start it again. " if (root / "parts").is_dir() else ""
+            raise ValueError(f"`folder` must hold index.json and index.safetensors, got {str(root)!r}. {begun}")
+        self.info = json.loads((root / "index.json").read_text(encoding="utf-8"))
+        if self.info.get("schema") != SCHEMA:
+            raise ValueError(f"The index must be of schema {SCHEMA}, got {self.info.get('schema')}. Build it again.")
+        self.tensors = load_file(root / "index.safetensors")
+
+    def __len__(self) -> int:
+        return len(self.tensors["slot"])
+
+    def density(self, latent: int) -> float:
+        """Share of tokens on which it fires."""
+        self._slot(latent)
+        return float(self.tensors["density"][latent])
+
+    def contexts(self, latent: int) -> list[tuple[list[int], list[float], int]]:
+        """`(ids, activations, peak)` of each context, the strongest first; none of a latent that never fired."""
+        slot = self._slot(latent)
+        if slot < 0:
+            return []
+        found = zip(*(self.tensors[name][slot] for name in ("ids", "activations", "peaks")), strict=True)
+        return [(ids.tolist(), amounts.float().tolist(), int(peak)) for ids, amounts, peak in found if peak >= 0]
+
+    def effects(self, latent: int) -> dict[str, list[tuple[int, float]]]:
+        """`"raised"` and `"lowered"`: token ids and by how much for an activation of 1, the largest first."""
+        slot = self._slot(latent)
+        names = ("raised", "lowered")
+        return {name: self._pairs(name, f"{name}_by", slot) if slot >= 0 else [] for name in names}
+
+    def near(self, latent: int) -> list[tuple[int, float]]:
+        """Latents that fire with it, and on which share of its tokens, the most frequent first."""
+        slot = self._slot(latent)
+        return [] if slot < 0 else [pair for pair in self._pairs("near", "near_share", slot) if pair[0] >= 0]
+
+    def histogram(self, latent: int) -> list[int]:
+        """Tokens by activation: below the first of `info["edges"]`, between two, above the last."""
+        slot = self._slot(latent)
+        return [0] * (len(self.info["edges"]) + 1) if slot < 0 else self.tensors["histogram"][slot].tolist()
+
+    def search(self, words: str, tokenizer: Any, most: int = 20) -> list[Hit]:
+        """
+        Latents whose contexts hold `words`, those first that fire on the words themselves.
+
+        Args:
+            words (`str`): One or several words in a row; found at a word's start and in any capitals.
+            tokenizer: Of the model.
+            most (`int`, *optional*, defaults to 20): Hits at most.
+
+        Raises:
+            ValueError: for words that are empty.
+        """
+        if not words.strip():
+            raise ValueError("`words` must hold a word, got none.")
+        plain = words.strip()
+        spellings = {lead + word for word in (plain, plain.lower(), plain.capitalize()) for lead in ("", " ")}
+        ids, amounts = self.tensors["ids"].long(), self.tensors["activations"].float()
+        real = self.tensors["peaks"] >= 0
+        on_words = torch.zeros(ids.shape, dtype=torch.bool)
+        for spelling in sorted(spellings):
+            pattern = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+            size, width = len(pattern), ids.shape[2]
+            if not 0 < size <= width:
+                continue
+            starts = torch.ones(*ids.shape[:2], width - size + 1, dtype=torch.bool)
+            for at, token in enumerate(pattern):
+                starts &= ids[:, :, at : at + width - size + 1] == token
+            for at in range(size):
+                on_words[:, :, at : at + width - size + 1] |= starts
+        on_words &= real[:, :, None]
+        peak = amounts.amax(2).clamp_min(torch.finfo(torch.float32).tiny)
+        share = ((amounts * on_words).amax(2) / peak).sum(1) / real.sum(1).clamp_min(1)
+        counts = on_words.any(2).sum(1)
+        latents = (self.tensors["slot"] >= 0).nonzero().squeeze(1)
+        slots = self.tensors["slot"][latents].long()
+        hits = [
+            Hit(latent, int(counts[slot]), float(share[slot]))
+            for latent, slot in zip(latents.tolist(), slots.tolist(), strict=True)
+            if counts[slot] > 0
+        ]
+        return sorted(hits, key=lambda hit: (-hit.share, -hit.contexts, hit.latent))[:most]
+
+    def neuronpedia(self, latent: int, tokenizer: Any) -> dict[str, Any]:
+        """A latent as Neuronpedia writes a feature's JSON, ready for `json.dump`."""
+        effects = self.effects(latent)
+
+        def texts(ids: Sequence[int]) -> list[str]:
+            return [tokenizer.decode([token]) for token in ids]
+
+        activations = []
+        for ids, amounts, peak in self.contexts(latent):
+            activations.append(
+                {
+                    "tokens": texts(ids),
+                    "values": amounts,
+                    "maxValue": amounts[peak],
+                    "maxValueTokenIndex": peak,
+                    "minValue": min(amounts),
+                }
+            )
+        edges = self.info["edges"]
+        return {
+            "modelId": self.info["model"],
+            "layer": self.info["hook_name"],
+            "index": str(latent),
+            "maxActApprox": float(self.tensors["most"][latent]),
+            "frac_nonzero": self.density(latent),
+            "freq_hist_data_bar_heights": self.histogram(latent),
+            "freq_hist_data_bar_values": [0.0, *edges],
+            "pos_str": texts([token for token, _ in effects["raised"]]),
+            "pos_values": [by for _, by in effects["raised"]],
+            "neg_str": texts([token for token, _ in effects["lowered"]]),
+            "neg_values": [by for _, by in effects["lowered"]],
+            "activations": activations,
+        }
+
+    def _pairs(self, name: str, by: str, slot: int) -> list[tuple[int, float]]:
+        numbers, amounts = self.tensors[name][slot].tolist(), self.tensors[by][slot].float().tolist()
+        return list(zip(numbers, amounts, strict=True))
+
+    def _slot(self, latent: int) -> int:
+        if not isinstance(latent, int) or isinstance(latent, bool) or not 0 <= latent < len(self):
+            raise ValueError(f"`latent` must be in [0, {len(self) - 1}], got {latent!r}.")
+        return int(self.tensors["slot"][latent])
+
+
+@torch.no_grad()
+def build_feature_index(
+    sae: Any,
+    model: Any,
+    rows: torch.Tensor,
+    folder: str | os.PathLike[str],
+    *,
+    contexts: int = 8,
+    length: int = 21,
+    tokens: int = 8,
+    k: int | None = None,
+    skip_positions: int = 1,
+    skip_ids: Sequence[int] = (),
+    rows_per_part: int = 64,
+    info: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> FeatureIndex:
+    """
+    Build an index, or go on with one that was stopped.
+
+    Args:
+        sae ([`SAEModel`]): With `hook_name`, in evaluation mode.
+        model (`PreTrainedModel`): Its causal LM.
+        rows (`torch.LongTensor` of shape `(R, T)`): Token ids, without padding.
+        folder (`str` or path): Where to; an index of the same SAE, settings and rows is kept as it is.
+        contexts (`int`, *optional*, defaults to 8): N.
+        length (`int`, *optional*, defaults to 21): W, at most T.
+        tokens (`int`, *optional*, defaults to 8): M, tokens at each end of logit effects, and neighbours.
+        k (`int`, *optional*): Budget, as in `sae.encode`.
+        skip_positions (`int`, *optional*, defaults to 1): First positions of a row that are left out.
+        skip_ids (sequence of `int`, *optional*): Tokens that are left out (special ones).
+        rows_per_part (`int`, *optional*, defaults to 64): Rows whose codes are written at once. All codes lie in
+            memory at the end, 6 bytes for each active latent of each token.
+        info (`dict`, *optional*): More to keep in index.json, such as `{"data": "tasks:stories"}`.
+        progress (`bool`, *optional*, defaults to `True`): A bar on stderr.
+
+    Raises:
+        ValueError: for rows that do not fit, an SAE without a place, or a folder with an index of something else.
+    """
+    if rows.dim() != 2 or not 1 < length <= rows.shape[1] or len(rows) < 1:
+        raise ValueError(
+            f"`rows` must be token ids (R, T) with T >= length={length}, got shape {tuple(rows.shape)}. Give longer "
+            "rows or a smaller `length`."
+        )
+    if sae.config.hook_name is None:
+        raise ValueError("`hook_name` of the SAE must be a module path of the model, got None.")
+    if contexts < 1 or tokens < 1 or rows_per_part < 1:
+        raise ValueError(
+            f"`contexts`, `tokens`, `rows_per_part` must be at least 1, got {contexts}, {tokens}, {rows_per_part}."
+        )
+    root = Path(folder)
+    settings = {
+        "schema": SCHEMA,
+        "hook_name": sae.config.hook_name,
+        "hook_io": sae.config.hook_io,
+        "d_sae": sae.config.d_sae,
+        "contexts": contexts,
+        "length": length,
+        "k": k,
+        "skip_positions": skip_positions,
+        "skip_ids": sorted(skip_ids),
+        "rows": len(rows),
+        "row_tokens": rows.shape[1],
+        "edges": EDGES,
+        "of": _digest(sae, rows, rows_per_part, tokens),
+    }
+    _claim(root, settings)
+    if not (root / "index.safetensors").is_file():
+        _write_parts(
+            sae, model, rows, root / "parts", k, skip_positions, settings["skip_ids"], rows_per_part, progress
+        )
+        found = _collect(root / "parts", rows, sae.config.d_sae, contexts, length, tokens, progress)
+        alive = (found["slot"] >= 0).nonzero().squeeze(1)
+        found |= _effects(sae, model, alive, tokens)
+        kept = int(found.pop("tokens"))
+        names = {"model": getattr(model, "name_or_path", ""), "sae": sae.config.name_or_path, **(info or {})}
+        # a folder by its bare name: where it lies is nobody's business
+        shown = {name: Path(v).name if isinstance(v, str) and os.path.exists(v) else v for name, v in names.items()}
+        part = root / "index.safetensors.part"
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, part, {"format": "pt"})
+        _write_json(root / "index.json", {**settings, **shown, "tokens": kept, "alive": len(alive)})
+        os.replace(part, root / "index.safetensors")
+    shutil.rmtree(root / "parts", ignore_errors=True)
+    return FeatureIndex(root)
+
+
+def _digest(sae: Any, rows: torch.Tensor, *others: Any) -> str:
+    """What a stopped build must have in common with this one."""
+    digest = hashlib.sha256(repr(others).encode())
+    digest.update(rows.to(torch.int32).contiguous().numpy().tobytes())
+    for name, tensor in sorted(sae.state_dict().items()):
+        some = tensor.reshape(-1)[:: max(tensor.numel() // 1024, 1)]
+        digest.update(f"{name} {tuple(tensor.shape)} {some.double().tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _claim(root: Path, settings: dict[str, Any]) -> None:
+    """The folder is new, or of this very build."""
+    for name in ("index.json", "parts/settings.json"):
+        if (root / name).is_file():
+            before = json.loads((root / name).read_text(encoding="utf-8"))
+            odd = [key for key, value in settings.items() if before.get(key) != value]
+            if odd:
+                what = "its SAE, rows or sizes" if odd == ["of"] else ", ".join(key for key in odd if key != "of")
+                raise ValueError(
+                    f"`folder` must be new, or of the same build, got {str(root)!r}, which differs in {what}. Name "
+                    "another one, or delete it."
+                )
+            return
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"`folder` must be new or empty, got {str(root)!r}, which holds other files.")
+    (root / "parts").mkdir(parents=True, exist_ok=True)
+    _write_json(root / "parts" / "settings.json", settings)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _write_parts(
+    sae: Any,
+    model: Any,
+    rows: torch.Tensor,
+    folder: Path,
+    k: int | None,
+    skip_positions: int,
+    skip_ids: list[int],
+    rows_per_part: int,
+    progress: bool,
+) -> None:
+    """Codes of all rows, a file for some; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hook = Hook(sae.config.hook_name, sae.config.hook_io)
+    device = next(model.parameters()).device
+    parts = range(0, len(rows), rows_per_part)
+    for first in tqdm(parts, desc="codes", unit="part", disable=not progress):
+        target = folder / f"{first:09d}.safetensors"
+        if target.is_file():
+            continue
+        values, indices, count = [], [], 0
+        for part in rows[first : first + rows_per_part].split(ROWS_AT_ONCE):
+            with record(model, {"x": hook}, stop=True) as seen:
+                model(input_ids=part.to(device), use_cache=False)
+            hidden = seen["x"][0]
+            kept = ~torch.isin(part, torch.tensor(skip_ids, dtype=part.dtype))
+            kept[:, :skip_positions] = False
+            at = kept.reshape(-1).nonzero().squeeze(1)
+            count += len(at)
+            codes = sae.encode(hidden.reshape(-1, hidden.shape[-1])[at.to(hidden.device)].to(sae.W_dec.device), k)
+            wide = (part.numel(), codes.k)
+            small = codes.values.cpu().clamp(max=torch.finfo(torch.half).max).half()
+            values.append(torch.zeros(wide, dtype=torch.half).index_copy(0, at, small))
+            indices.append(torch.zeros(wide, dtype=torch.int32).index_copy(0, at, codes.indices.cpu().int()))
+        width = max(value.shape[1] for value in values)
+        found = {"values": _stacked(values, width), "indices": _stacked(indices, width)}
+        found["kept"] = torch.tensor([count])
+        save_file(found, target.with_suffix(".part"))
+        os.replace(target.with_suffix(".part"), target)
+
+
+def _stacked(pieces: list[torch.Tensor], width: int) -> torch.Tensor:
+    return torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces])
+
+
+def _collect(
+    folder: Path, rows: torch.Tensor, d_sae: int, contexts: int, length: int, tokens: int, progress: bool
+) -> dict[str, Any]:
+    """Everything that codes tell, exactly: entries sorted by latent, some latents at a time."""
+    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    width = max(part["values"].shape[1] for part in parts)
+    values = _stacked([part["values"] for part in parts], width)
+    indices = _stacked([part["indices"] for part in parts], width)
+    kept = sum(int(part["kept"]) for part in parts)
+    entry = (values > 0).reshape(-1).nonzero().squeeze(1)
+    latent, order = indices.reshape(-1)[entry].long().sort(stable=True)
+    place, amount = entry[order] // width, values.reshape(-1)[entry[order]].float()
+    counts = torch.bincount(latent, minlength=d_sae)
+    alive = (counts > 0).nonzero().squeeze(1)
+    slot = torch.full((d_sae,), -1, dtype=torch.int32)
+    slot[alive] = torch.arange(len(alive), dtype=torch.int32)
+    sums = torch.zeros(d_sae).index_add(0, latent, amount)
+    most = torch.zeros(d_sae).scatter_reduce(0, latent, amount, "amax")
+    bins = len(EDGES) + 1
+    binned = torch.bucketize(amount, torch.tensor(EDGES), right=True)
+    histogram = torch.bincount(slot[latent].long() * bins + binned, minlength=len(alive) * bins).view(-1, bins)
+    starts = torch.searchsorted(latent, torch.arange(d_sae + 1))
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for some in tqdm(alive.split(LATENTS_AT_ONCE), desc="latents", unit="batch", disable=not progress):
+        span = torch.cat([torch.arange(int(starts[f]), int(starts[f + 1])) for f in some.tolist()])
+        own = torch.searchsorted(some, latent[span])
+        found = _contexts(own, place[span], amount[span], some, rows, values, indices, contexts, length)
+        found |= _neighbours(own, place[span], some, values, indices, d_sae, counts, tokens)
+        for name, tensor in found.items():
+            pieces.setdefault(name, []).append(tensor)
+    found = {name: torch.cat(tensors) for name, tensors in pieces.items()}
+    density = counts.double() / max(kept, 1)
+    figures = {"density": density.float(), "mean": sums / counts.clamp_min(1), "most": most}
+    return {**found, **figures, "slot": slot, "histogram": histogram.int(), "tokens": kept}
+
+
+def _contexts(
+    own: torch.Tensor,
+    place: torch.Tensor,
+    amount: torch.Tensor,
+    latents: torch.Tensor,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    contexts: int,
+    length: int,
+) -> dict[str, torch.Tensor]:
+    """The strongest rows of some latents, and a window around the strongest token of each."""
+    size, total = rows.shape[1], len(rows)
+    row = place // size
+    best = torch.zeros(len(latents), total).index_put((own, row), torch.zeros(()))
+    best.view(-1).scatter_reduce_(0, own * total + row, amount, "amax")
+    top = best.topk(min(contexts, total), dim=1)
+    strongest = amount == best[own, row]
+    at = torch.full((len(latents) * total,), size)
+    at.scatter_reduce_(0, (own * total + row)[strongest], (place % size)[strongest], "amin")
+    peak = at.view(len(latents), total).gather(1, top.indices)
+    lacks = top.values <= 0
+    start = (peak.masked_fill(lacks, 0) - (length - 1 - AFTER)).clamp(0, size - length)
+    columns = start[:, :, None] + torch.arange(length)
+    ids = rows[top.indices[:, :, None], columns]
+    there = top.indices[:, :, None] * size + columns
+    same = indices[there] == latents[:, None, None, None]
+    activations = (values[there] * same).sum(-1).masked_fill(lacks[:, :, None], 0)
+    found = {
+        "ids": ids.to(torch.int32).masked_fill(lacks[:, :, None], 0),
+        "activations": activations.half(),
+        "peaks": torch.where(lacks, -1, peak - start).to(torch.int16),
+        "rows": torch.where(lacks, -1, top.indices).to(torch.int32),
+    }
+    short = contexts - top.values.shape[1]
+    for name, tensor in found.items():
+        if short:
+            fill = -1 if name in ("peaks", "rows") else 0
+            found[name] = torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.dim() - 2), 0, short), value=fill)
+    if int(rows.max()) < 2**16:
+        found["ids"] = found["ids"].to(torch.uint16)
+    return found
+
+
+def _neighbours(
+    own: torch.Tensor,
+    place: torch.Tensor,
+    latents: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    d_sae: int,
+    counts: torch.Tensor,
+    tokens: int,
+) -> dict[str, torch.Tensor]:
+    """Latents that most often fire on the tokens of each of `latents`."""
+    together = indices[place].long() + own[:, None] * d_sae
+    pairs = torch.bincount(together[values[place] > 0], minlength=len(latents) * d_sae).view(len(latents), d_sae)
+    pairs[torch.arange(len(latents)), latents] = 0
+    top = pairs.topk(min(tokens, d_sae), dim=1)
+    share = top.values / counts[latents][:, None]
+    return {"near": torch.where(top.values > 0, top.indices, -1).int(), "near_share": share.half()}
+
+
+def _effects(sae: Any, model: Any, latents: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
+    """Tokens that each row raises and lowers most; none where the SAE does not stand in the residual stream."""
+    head = unwrap(model).get_output_embeddings()
+    width = sae.config.d_in
+    if head is None or head.weight.shape[1] != width:
+        empty = torch.zeros(len(latents), 0)
+        return {name: empty.to(torch.half if name.endswith("by") else torch.int32) for name in _EFFECTS}
+    unembedding = head.weight.detach().float()
+    try:
+        family, prefix, _ = anatomy(model)
+        norm: Any = model.get_submodule(prefix + family.final_norm)
+        unembedding = unembedding * norm.weight.detach().float()
+    except ValueError:
+        pass  # of a family that sites does not know: without the norm's weight
+    found = []
+    rows = sae.decoder_rows().detach().float()[latents.to(sae.W_dec.device)].to(unembedding.device)
+    for some in rows.split(4 * LATENTS_AT_ONCE):
+        effect = some @ unembedding.T
+        raised, lowered = effect.topk(tokens, dim=1), effect.topk(tokens, dim=1, largest=False)
+        found.append((raised.indices.int(), raised.values.half(), lowered.indices.int(), lowered.values.half()))
+    columns = [torch.cat(column).cpu() for column in zip(*found, strict=True)]
+    return dict(zip(_EFFECTS, columns, strict=True))
+
+
+_EFFECTS = ("raised", "raised_by", "lowered", "lowered_by")
+
+__all__ = ["FeatureIndex", "Hit", "build_feature_index"]
