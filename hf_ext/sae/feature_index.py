@@ -457,12 +457,20 @@ def _neighbours(
     tokens: int,
 ) -> dict[str, torch.Tensor]:
     """Latents that most often fire on the tokens of each of `latents`."""
-    together = indices[place].long() + own[:, None] * d_sae
-    pairs = torch.bincount(together[values[place] > 0], minlength=len(latents) * d_sae).view(len(latents), d_sae)
-    pairs[torch.arange(len(latents)), latents] = 0
-    top = pairs.topk(min(tokens, d_sae), dim=1)
-    share = top.values / counts[latents][:, None]
-    return {"near": torch.where(top.values > 0, top.indices, -1).int(), "near_share": share.half()}
+    together = (indices[place].long() + own[:, None] * d_sae)[values[place] > 0]
+    pairs, times = together.unique(return_counts=True)
+    other = pairs % d_sae != latents[pairs // d_sae]
+    pairs, times = pairs[other], times[other]
+    times, order = times.sort(descending=True, stable=True)
+    owner, again = (pairs[order] // d_sae).sort(stable=True)  # of each latent still by number
+    numbers = torch.bincount(owner, minlength=len(latents))
+    rank = torch.arange(len(owner)) - (numbers.cumsum(0) - numbers)[owner]
+    first = rank < tokens
+    near = torch.full((len(latents), tokens), -1, dtype=torch.int32)
+    share = torch.zeros(len(latents), tokens)
+    near[owner[first], rank[first]] = (pairs[order][again] % d_sae)[first].int()
+    share[owner[first], rank[first]] = (times[again] / counts[latents][owner])[first]
+    return {"near": near, "near_share": share.half()}
 
 
 def _effects(sae: Any, model: Any, latents: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:

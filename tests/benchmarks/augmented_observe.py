@@ -33,7 +33,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"off": [], "observe": []}
     with torch.no_grad():
         run("off"), run("observe")
-        for i in tqdm(range(24), desc="pairs"):
+        for i in tqdm(range(12), desc="pairs"):
             for mode in ("off", "observe")[:: 1 if i % 2 else -1]:
                 times[mode].append(run(mode))
 
