@@ -36,8 +36,8 @@ class SAEAugmentedConfig(PreTrainedConfig):
         base_model_name_or_path (`str`, *optional*): Hub id (or folder) of the causal LM, whose weights are loaded from
             there unless they are embedded.
         base_revision (`str`, *optional*): Its revision.
-        base_fingerprint (`str`, *optional*): What [`fingerprint`] said of it when the SAEs were attached. Another one
-            at a load is warned of.
+        base_fingerprint (`str`, *optional*): What `sae_attach.fingerprint` said of it when the SAEs were attached.
+            Another one at a load is warned of.
         embed_base (`bool`, *optional*, defaults to `False`): Whether the causal LM's weights are saved with the SAEs'.
         saes (`dict[str, dict]`, *optional*): Name -> configuration of an SAE, `hook_name` and `hook_io` in it: the
             path of a module of the causal LM, and its side. Names become parts of parameters' names.

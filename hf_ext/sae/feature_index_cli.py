@@ -58,7 +58,7 @@ def built(args: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_ext.sae.feature_index import build_feature_index
+    from hf_ext.sae.feature_index_build import build_feature_index
 
     for name in ("rows", "row_tokens", "contexts", "length"):
         if getattr(args, name) < 1:

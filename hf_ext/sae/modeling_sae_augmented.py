@@ -3,18 +3,18 @@
 - The model inside is the user's own, untouched; hooks at each place do what `sae_mode` says, in plain forwards and in
   its own `generate`, with any cache, beams and padding.
 - Saved are the SAEs, and the model by its name, or embedded. SAEs keep their dtype beside a model in half precision.
+- One model serves one forward at a time: what a hook must know of a call is on the model.
 - Hooks read tensors of the running call, so `torch.compile` of the model breaks its graph at each, and `generate`
   compiles nothing. With gradient checkpointing call backward after each forward, before the next.
-- This file travels to the Hub with its siblings, and imports nothing else of ours.
+- This file travels to the Hub with its siblings, and imports nothing else of ours. It is long since the model and its
+  loading must be one class: what a user calls is together, and `sae_splice.py` has what happens at a hook.
 """
 
 import copy
-import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_sae_augmented import EDITED, MODES, TOKENS, SAEAugmentedConfig, check_edit
 from .modeling_sae import SAEModel
+from .sae_attach import device_of, fingerprint, module_at, plain_config, special_ids
 from .sae_splice import Call, State, place, splice
 
 
@@ -82,7 +83,9 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = base_model
         self.saes: Any = nn.ModuleDict(saes if saes is not None else _new_saes(config))
         text: Any = config.get_text_config()
-        special = _ids(text.bos_token_id, text.eos_token_id, text.pad_token_id) if config.skip_special_tokens else []
+        special = (
+            special_ids(text.bos_token_id, text.eos_token_id, text.pad_token_id) if config.skip_special_tokens else []
+        )
         self._call = Call(base_model, config.skip_positions, special)
         self._states: dict[str, State] = {}
         self._apply_config()
@@ -92,7 +95,7 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
         ]
         one: Any
         for name, one in self.saes.items():
-            module = _module(base_model, name, one.config.hook_name)
+            module = module_at(base_model, name, one.config.hook_name)
             in_place = name in (config.in_place or [])
             self._handles.append(place(module, one.config.hook_io, partial(self._visit, name), in_place))
         # neither the model nor the SAEs are to be initialised again
@@ -123,7 +126,7 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
         for name, sae in saes.items():
             if not hasattr(sae, "encode") or not hasattr(sae, "config"):
                 raise TypeError(f"`saes[{name!r}]` must be an SAEModel, got {type(sae).__name__}.")
-        base = _plain(model.config)
+        base = plain_config(model.config)
         # a model with code of its own is no part of transformers: it is found by its name alone
         foreign = not type(model).__module__.startswith("transformers.models.")
         if foreign and embed_base:
@@ -141,11 +144,12 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
         if "base_model_name_or_path" in options:
             settings["base_revision"] = None
         configs = {
-            name: _plain(sae.config) | {"dtype": str(sae.dtype).removeprefix("torch.")} for name, sae in saes.items()
+            name: plain_config(sae.config) | {"dtype": str(sae.dtype).removeprefix("torch.")}
+            for name, sae in saes.items()
         }
         config = cls.config_class(saes=configs, embed_base=embed_base, **{**settings, **options})
         for name, sae in saes.items():
-            saes[name] = sae.to(_device_of(_module(model, name, sae.config.hook_name), model))
+            saes[name] = sae.to(device_of(module_at(model, name, sae.config.hook_name), model))
         augmented = cls(config, model, saes)
         if getattr(model, "generation_config", None) is not None:
             augmented.generation_config = copy.deepcopy(model.generation_config)
@@ -187,7 +191,7 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
             )
         bank, info = _Bank.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
         saes = {
-            name: sae.to(_device_of(_module(base, name, sae.config.hook_name), base))
+            name: sae.to(device_of(module_at(base, name, sae.config.hook_name), base))
             for name, sae in bank.saes.items()
         }
         config = copy.deepcopy(config)
@@ -205,6 +209,8 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As of any model; without `embed_base` only the SAEs' weights are written."""
         self._keys_to_ignore_on_save = set()
+        kinds = {name: str(sae.dtype).removeprefix("torch.") for name, sae in self.saes.items()}
+        self.config.saes = {name: {**one, "dtype": kinds[name]} for name, one in self.config.saes.items()}
         if not self.config.embed_base:
             name = self.config.base_model_name_or_path
             if not name:
@@ -517,23 +523,6 @@ class _Means:
         return {name: torch.cat(rows).mean(0, dtype=torch.double) for name, rows in self.rows.items()}
 
 
-def fingerprint(model: nn.Module) -> str | None:
-    """
-    A short mark of a model's weights: names, shapes and some numbers of each, as bfloat16 rounds them, so that it is
-    the same in any dtype that holds them. None for what is quantised, in float16, or has no weights yet.
-    """
-    digest = hashlib.sha256()
-    if getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False):
-        return None
-    for name, tensor in sorted(model.named_parameters()):
-        if tensor.device.type == "meta" or tensor.dtype == torch.float16:
-            return None
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(len(flat) // 16, 1)][:16].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
-    return digest.hexdigest()[:16]
-
-
 def _warn_of_another_base(config: SAEAugmentedConfig, base: nn.Module) -> None:
     found = fingerprint(base) if config.base_fingerprint else None
     if found is not None and found != config.base_fingerprint:
@@ -552,43 +541,6 @@ def _new_saes(config: SAEAugmentedConfig) -> dict[str, nn.Module]:
         # their own dtype, whatever the model's
         saes[name] = SAEModel(one).to(one.dtype or torch.float32)
     return saes
-
-
-def _module(base: nn.Module, name: str, path: str) -> nn.Module:
-    """The module of an SAE's place, which must stand at one place of the model."""
-    modules = dict(base.named_modules(remove_duplicate=False))
-    if path not in modules:
-        near = get_close_matches(str(path), modules, n=3)
-        hint = f"The nearest are {', '.join(near)}." if near else "model.named_modules() lists them."
-        raise ValueError(
-            f"`hook_name` of SAE {name!r} must be a module of {type(base).__name__}, got {path!r}. {hint}"
-        )
-    others = [other for other, module in modules.items() if module is modules[path] and other != path]
-    if others:
-        raise ValueError(
-            f"`hook_name` of SAE {name!r} must be a module with one place in the model, got {path!r}, which is also "
-            f"{', '.join(others)}: an SAE would act at all of them. Hook a module inside or around it."
-        )
-    return modules[path]
-
-
-def _device_of(module: nn.Module, model: PreTrainedModel) -> torch.device:
-    parameter = next(module.parameters(), None)
-    device = model.device if parameter is None else parameter.device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """A configuration as a dict of what differs from the defaults, without what a file says of itself."""
-    values = config.to_diff_dict() | {"model_type": config.model_type}
-    for note in ("transformers_version", "architectures", "_name_or_path", "auto_map"):
-        values.pop(note, None)
-    return values
-
-
-def _ids(*tokens: Any) -> list[int]:
-    found = [token for given in tokens for token in (given if isinstance(given, list | tuple) else [given])]
-    return sorted({token for token in found if isinstance(token, int)})
 
 
 def _ablation(edit: Any) -> dict[str, Any]:
@@ -610,4 +562,4 @@ def _mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return (values.double() * real).sum(1) / real.sum(1)
 
 
-__all__ = ["SAEAugmentedModelForCausalLM", "fingerprint"]
+__all__ = ["SAEAugmentedModelForCausalLM"]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_ext.record import record
 from hf_ext.sae import FeatureIndex, SAEConfig, SAEModel, build_feature_index
-from hf_ext.sae import feature_index as module
+from hf_ext.sae import feature_index_build as module
 from hf_ext.sae.__main__ import main
 from hf_ext.sites import Hook
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_ext import hub
 from hf_ext.sae import SAEAugmentedModelForCausalLM, SAEConfig, SAEModel
-from hf_ext.sae.modeling_sae_augmented import fingerprint
+from hf_ext.sae.sae_attach import fingerprint
 
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -68,7 +68,6 @@ def test_weights_modes_and_edits_come_back(embed, augmented, tmp_path):
 def test_the_saes_keep_their_dtype_beside_a_model_in_half_precision(embed, augmented, tmp_path):
     augmented.config.embed_base = embed
     augmented.saes["a"].bfloat16()
-    augmented.config.saes["a"]["dtype"] = "bfloat16"
     augmented.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     kinds = {name: p.dtype for name, p in again.named_parameters()}
