@@ -12,7 +12,16 @@ from hf_ext._registration import register_adapters, register_models
 
 if TYPE_CHECKING:
     from hf_ext.lime import LimeConfig, LimeForCausalLM, LimeModel, lime_param_groups
-    from hf_ext.sae import SAEConfig, SAEModel, SparseCodes, hierarchical_loss
+    from hf_ext.sae import (
+        SAEAugmentedConfig,
+        SAEAugmentedModelForCausalLM,
+        SAEConfig,
+        SAEModel,
+        SparseCodes,
+        export_sae,
+        hierarchical_loss,
+        load_sae,
+    )
     from hf_ext.steering import SteeredConfig, SteeredModelForCausalLM, SteeringConfig, SteeringLayer, SteeringModel
 
 __getattr__, __dir__, __all__ = attach(
@@ -26,11 +35,15 @@ __getattr__, __dir__, __all__ = attach(
         "SteeringConfig": "hf_ext.steering",
         "SteeringLayer": "hf_ext.steering",
         "SteeringModel": "hf_ext.steering",
+        "SAEAugmentedConfig": "hf_ext.sae",
+        "SAEAugmentedModelForCausalLM": "hf_ext.sae",
         "SAEConfig": "hf_ext.sae",
         "SAEModel": "hf_ext.sae",
         "SparseCodes": "hf_ext.sae",
+        "export_sae": "hf_ext.sae",
         "hierarchical_loss": "hf_ext.sae",
         "lime_param_groups": "hf_ext.lime",
+        "load_sae": "hf_ext.sae",
     },
 )
 

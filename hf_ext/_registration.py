@@ -30,6 +30,12 @@ MODELS = [
     Entry("lime", "hf_ext.lime", "LimeConfig", {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"}),
     Entry("steered", "hf_ext.steering", "SteeredConfig", {"AutoModelForCausalLM": "SteeredModelForCausalLM"}),
     Entry("sae", "hf_ext.sae", "SAEConfig", {"AutoModel": "SAEModel"}),
+    Entry(
+        "sae_augmented",
+        "hf_ext.sae",
+        "SAEAugmentedConfig",
+        {"AutoModelForCausalLM": "SAEAugmentedModelForCausalLM"},
+    ),
 ]
 
 

@@ -50,7 +50,8 @@ class SAEConfig(PreTrainedConfig):
         apply_b_dec_to_input (`bool`, *optional*, defaults to `True`): beta: whether the encoder reads x' - b_dec.
         normalize_decoder (`bool`, *optional*, defaults to `True`): Whether training keeps the rows of W_dec at norm 1.
         input_norm (`str`, *optional*, defaults to `"none"`): `"none"`; `"scalar"`, x' = `input_scale` * x; or
-            `"layer_norm"`, x' = (x - mean) / (standard deviation + 1e-5) of each token, undone on the output.
+            `"layer_norm"`, x' = (x - mean) / (standard deviation + 1e-5) of each token; the output is multiplied by
+            the standard deviation and the mean added, as OpenAI and SAELens do.
         input_scale (`float`, *optional*, defaults to 1.0): For `"scalar"`.
         jump_threshold (`float`, *optional*, defaults to 0.001): For `jumprelu`: theta_i before training.
         jump_bandwidth (`float`, *optional*, defaults to 0.001):

@@ -191,6 +191,23 @@ class SAEModel(PreTrainedModel):
             rows = rows * deviation + mean
         return rows if x is None else rows.to(x.dtype)
 
+    def change(self, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """
+        What a change of the latents is to the activations themselves.
+
+        Args:
+            delta (`torch.Tensor` of shape `(..., d_in)`): Sum over latents of (new - old activation) * `W_dec` row.
+            x (`torch.Tensor` of shape `(..., d_in)`): The activations, whose norm is undone as `decode` undoes it.
+
+        Returns:
+            `torch.Tensor` of shape `(..., d_in)`, in the dtype of `delta`.
+        """
+        if self.config.input_norm == "scalar":
+            return delta / self.config.input_scale
+        if self.config.input_norm == "layer_norm":
+            return delta * _moments(x.to(delta.dtype))[1]
+        return delta
+
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """x' = norm(x) in the dtype of the weights: what the encoder reads, and what losses compare with."""
         x = x.to(self.W_dec.dtype)
@@ -198,7 +215,7 @@ class SAEModel(PreTrainedModel):
             return x * self.config.input_scale
         if self.config.input_norm == "layer_norm":
             mean, deviation = _moments(x)
-            return (x - mean) / deviation
+            return (x - mean) / (deviation + 1e-5)
         return x
 
     def decoder_rows(self) -> torch.Tensor:
@@ -303,7 +320,7 @@ class _JumpReLU(torch.autograd.Function):
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
 
 
 def _largest(

@@ -41,10 +41,18 @@ GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = {"input_ids": torch.arange(24).view(2, 12)}
 STEERED = {"base_config": {"model_type": "mistral", **DECODER, **GROUPED}, "hook_names": ["model.layers.1.mlp"]}
 ACTIVATIONS = {"x": torch.linspace(-3, 3, 72).sin().view(2, 3, 12)}
+AUGMENTED = {
+    "base_config": {"model_type": "llama", **DECODER, **GROUPED},
+    "embed_base": True,
+    "saes": {"layer1": {"d_in": 32, "d_sae": 50, "k": 4, "hook_name": "model.layers.1"}},
+    "edits": [{"sae": "layer1", "latent": 3, "op": "add", "value": 2.0}],
+    "modes": {"layer1": "steer"},
+}
 CASES = [
     Case("lime", "LimeForCausalLM", {**DECODER, **GROUPED}, ("AutoModel", "AutoModelForCausalLM"), TOKENS),
     Case("steering", "SteeredModelForCausalLM", STEERED, ("AutoModelForCausalLM",), TOKENS),
     Case("hierarchical_topk", "SAEModel", {"d_in": 12, "d_sae": 50, "k": 4}, ("AutoModel",), ACTIVATIONS),
+    Case("hierarchical_topk", "SAEAugmentedModelForCausalLM", AUGMENTED, ("AutoModelForCausalLM",), TOKENS),
 ]
 AUTOS = [(case, auto) for case in CASES for auto in case.auto]
 ROOT = Path(__file__).resolve().parents[2]

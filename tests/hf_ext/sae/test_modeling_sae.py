@@ -180,8 +180,8 @@ def test_the_layer_norm_of_the_input_is_undone_on_the_output(sae, tokens):
     normed, x = sae("topk", input_norm="layer_norm"), 3 * tokens(9) + 5
     plain = sae("topk")
     plain.load_state_dict(normed.state_dict())
-    mean, deviation = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5  # unbiased, as in OpenAI's
-    expected = plain((x - mean) / deviation).reconstruction * deviation + mean
+    mean, deviation = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # unbiased, and put back without the 1e-5
+    expected = plain((x - mean) / (deviation + 1e-5)).reconstruction * deviation + mean
     torch.testing.assert_close(normed(x).reconstruction, expected, **CLOSE)
     with pytest.raises(ValueError, match="`x` must be given to decode"):
         normed.decode(normed.encode(x))
