@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         StrictDataclassError,
     ) as error:
         parser.exit(1, f"{' '.join(str(error).split())}\n")
-    print(_json(found) if args.out is None else table(found))
+    sys.stdout.write((_json(found) if args.out is None else table(found)) + "\n")
 
 
 def evaluated(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _check_fit(config: SAEConfig, source: str, name: str) -> None:
         )
     base = config.base_model_name_or_path
     if base and Path(base).name.lower() != Path(name).name.lower() and name != "smollm2":
-        print(f"The SAE was trained on {base}; it is evaluated on {_shown(name)}.", file=sys.stderr)
+        sys.stderr.write(f"The SAE was trained on {base}; it is evaluated on {_shown(name)}.\n")
 
 
 def _texts(args: argparse.Namespace) -> list[str]:

@@ -37,8 +37,7 @@ def bundle(run: Path, folder: Path, model: str, texts: list[str], rows: int = RO
     import torch
 
     from hf_ext import tiny
-    from hf_ext.sae import SAEModel
-    from hf_ext.sae.latent_index import build_index
+    from hf_ext.sae import SAEModel, build_feature_index
 
     if not (run / "model.safetensors").is_file():
         raise ValueError(f"`run` must hold a trained SAE, got {run} without model.safetensors. Train it first.")
@@ -60,8 +59,9 @@ def bundle(run: Path, folder: Path, model: str, texts: list[str], rows: int = RO
         code.unlink()
     # what is shipped is what is indexed: rounded, computed in float32
     sae: Any = SAEModel.from_pretrained(part, dtype="float32").eval()
-    index = build_index(sae, lm, tokens, skip_ids=tokenizer.all_special_ids)
-    index.save(part / "index.safetensors")
+    index = build_feature_index(
+        sae, lm, tokens, part / "index", skip_ids=tokenizer.all_special_ids, info={"model": model, "sae": NAME}
+    )
     log = _log(run)
     made_by = {"command": COMMAND, "index_tokens": tokens.numel(), "log": log}
     (part / "training.json").write_text(json.dumps(made_by, indent=1) + "\n", encoding="utf-8")
@@ -87,7 +87,7 @@ def card(config: Any, index: Any, tokenizer: Any, log: list[dict[str, Any]]) -> 
         for name, value in (log[-1] if log else {}).items()
         if name.startswith("eval_") and name != "eval_runtime"
     )
-    alive = (index.peaks[:, 0] >= 0).nonzero().squeeze(1).tolist()
+    alive = (index.tensors["slot"] >= 0).nonzero().squeeze(1).tolist()
     chosen = alive[:: max(1, len(alive) // SHOWN)][:SHOWN]
     shown = []
     for latent in chosen:
@@ -117,11 +117,11 @@ model as hf_ext de-quantises it from Q4_1, on children's books and licences. Wei
 ```python
 from pathlib import Path
 from hf_ext import SAEModel, tiny
-from hf_ext.sae.latent_index import LatentIndex
+from hf_ext.sae import FeatureIndex
 
 folder = Path(tiny.__file__).with_name("{NAME}")
 sae = SAEModel.from_pretrained(folder, dtype="float32")
-index = LatentIndex.load(folder / "index.safetensors")
+index = FeatureIndex(folder / "index")
 print(index.effects({chosen[0] if chosen else 0})["raised"])
 ```
 

@@ -10,8 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ext.sae import SAEModel
-from hf_ext.sae.latent_index import LatentIndex
+from hf_ext.sae import FeatureIndex, SAEModel
 from hf_ext.tasks import stories
 from trainers.__main__ import main as train
 from trainers.recipes import bundle_sae
@@ -73,15 +72,16 @@ def test_a_run_is_bundled_with_index_log_and_card(root, both, trained, capsys):
     assert ended.value.code == 0
     folder = root / "tiny" / "smollm2_sae"
     assert {file.name for file in folder.iterdir()} == {
-        "README.md", "config.json", "index.safetensors", "model.safetensors", "training.json",
+        "README.md", "config.json", "index", "model.safetensors", "training.json",
     }  # fmt: skip
     weights = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     sae = SAEModel.from_pretrained(folder, dtype="float32")
     own = load_file(trained / "model.safetensors")["W_dec"]
     assert torch.equal(sae.W_dec, own.to(torch.bfloat16).float())
-    index = LatentIndex.load(folder / "index.safetensors")
-    assert index.ids.shape == (64, 8, 21) and index.density.sum().item() == pytest.approx(8, rel=1e-3)
+    index = FeatureIndex(folder / "index")
+    assert index.tensors["ids"].shape == (index.info["alive"], 8, 21)
+    assert index.tensors["density"].sum().item() == pytest.approx(8, rel=1e-3)
     made_by = json.loads((folder / "training.json").read_text())
     assert [entry["step"] for entry in made_by["log"]] == [2, 4] and made_by["index_tokens"] == 12 * 256
     text = (folder / "README.md").read_text()
