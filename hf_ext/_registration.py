@@ -30,6 +30,7 @@ MODELS = [
     Entry("lime", "hf_ext.lime", "LimeConfig", {"AutoModel": "LimeModel", "AutoModelForCausalLM": "LimeForCausalLM"}),
     Entry("steered", "hf_ext.steering", "SteeredConfig", {"AutoModelForCausalLM": "SteeredModelForCausalLM"}),
     Entry("sae", "hf_ext.sae", "SAEConfig", {"AutoModel": "SAEModel"}),
+    Entry("mdlm", "hf_ext.gstar", "MDLMConfig", {"AutoModel": "MDLMModel", "AutoModelForMaskedLM": "MDLMForMaskedLM"}),
 ]
 
 

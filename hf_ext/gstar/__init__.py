@@ -6,6 +6,9 @@ from hf_ext._lazy import attach
 
 
 if TYPE_CHECKING:
+    from hf_ext.gstar.convert import import_mdlm
+    from hf_ext.gstar.metrics import NELBO, nelbo
+    from hf_ext.gstar.modeling_mdlm import MDLMConfig, MDLMForMaskedLM, MDLMModel, MDLMOutput
     from hf_ext.gstar.scheduling_star_shaped import (
         StarShapedProposal,
         StarShapedScheduler,
@@ -16,9 +19,16 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "MDLMConfig": "hf_ext.gstar.modeling_mdlm",
+        "MDLMForMaskedLM": "hf_ext.gstar.modeling_mdlm",
+        "MDLMModel": "hf_ext.gstar.modeling_mdlm",
+        "MDLMOutput": "hf_ext.gstar.modeling_mdlm",
+        "NELBO": "hf_ext.gstar.metrics",
         "StarShapedProposal": "hf_ext.gstar.scheduling_star_shaped",
         "StarShapedScheduler": "hf_ext.gstar.scheduling_star_shaped",
         "StarShapedSchedulerOutput": "hf_ext.gstar.scheduling_star_shaped",
+        "import_mdlm": "hf_ext.gstar.convert",
+        "nelbo": "hf_ext.gstar.metrics",
         "remdm_probabilities": "hf_ext.gstar.scheduling_star_shaped",
     },
 )
