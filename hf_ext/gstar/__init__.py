@@ -8,7 +8,9 @@ from hf_ext._lazy import attach
 if TYPE_CHECKING:
     from hf_ext.gstar.convert import import_mdlm
     from hf_ext.gstar.metrics import NELBO, nelbo
+    from hf_ext.gstar.modeling_error_predictor import ErrorPredictor, ErrorPredictorConfig, ErrorPredictorOutput
     from hf_ext.gstar.modeling_mdlm import MDLMConfig, MDLMForMaskedLM, MDLMModel, MDLMOutput
+    from hf_ext.gstar.pipeline_gstar import GStarFrame, GStarPipeline, GStarPipelineOutput
     from hf_ext.gstar.scheduling_star_shaped import (
         StarShapedProposal,
         StarShapedScheduler,
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "ErrorPredictor": "hf_ext.gstar.modeling_error_predictor",
+        "ErrorPredictorConfig": "hf_ext.gstar.modeling_error_predictor",
+        "ErrorPredictorOutput": "hf_ext.gstar.modeling_error_predictor",
+        "GStarFrame": "hf_ext.gstar.pipeline_gstar",
+        "GStarPipeline": "hf_ext.gstar.pipeline_gstar",
+        "GStarPipelineOutput": "hf_ext.gstar.pipeline_gstar",
         "MDLMConfig": "hf_ext.gstar.modeling_mdlm",
         "MDLMForMaskedLM": "hf_ext.gstar.modeling_mdlm",
         "MDLMModel": "hf_ext.gstar.modeling_mdlm",

@@ -1,7 +1,8 @@
 """Published MDLM weights (github.com/kuleshov-group/mdlm) as ours: keys renamed, constant modulation folded in.
 
 MDLM's DiT modulates every block by the noise level. Its published models are trained without time conditioning: the
-level is always 0 and the modulation a constant, which norms and the last projection of each branch can hold. What comes out is a plain transformer with the same logits.
+level is always 0 and the modulation a constant, which norms and the last projection of each branch can hold. What
+comes out is a plain transformer with the same logits.
 """
 
 import os

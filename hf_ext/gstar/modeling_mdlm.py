@@ -275,7 +275,8 @@ class MDLMTimeEmbedding(nn.Module):
         rates = torch.exp(-math.log(10_000) / half * torch.arange(half, device=sigma.device, dtype=torch.float32))
         angles = sigma.float()[:, None] * rates
         sinusoids = torch.cat((angles.cos(), angles.sin()), -1)
-        return nn.functional.silu(self.mlp(sinusoids.type_as(self.mlp[0].weight)))
+        dtype = next(self.parameters()).dtype
+        return nn.functional.silu(self.mlp(sinusoids.to(dtype)))
 
 
 class MDLMPreTrainedModel(PreTrainedModel):
