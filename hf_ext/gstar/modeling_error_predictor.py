@@ -349,7 +349,7 @@ class ErrorPredictor(PreTrainedModel):
 
 
 @torch.no_grad()
-def _at_sigma_zero(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _at_sigma_zero(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A time-conditioned MDLM's weights with its modulation at sigma = 0 folded in."""
     conditioning = model.time_embedding(torch.zeros(1, device=state["norm.weight"].device))
     state = dict(state)

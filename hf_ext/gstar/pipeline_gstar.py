@@ -85,7 +85,7 @@ class _Chain:
     blocks: list[tuple[int, int]]
     options: dict[str, Any]
     mask_token_id: int
-    eos_token_id: int | None
+    eos_token_id: int | None  # None where masks are filled in
     pad_token_id: int
     context: torch.Tensor  # given tokens, which guidance hides
     remask_counts: torch.Tensor
@@ -209,7 +209,7 @@ class GStarPipeline(DiffusionPipeline):
                 is LLaDA's w + 1.
             logits_processor (`LogitsProcessor`, `LogitsProcessorList` or a list, *optional*):
                 transformers' processors, applied to the logits of every masked position.
-            add_special_tokens (`bool`, *optional*, defaults to `False`): Whether tokenizing adds [CLS], [SEP] or others.
+            add_special_tokens (`bool`, *optional*, defaults to `False`): Whether tokenizing adds [CLS] or others.
             allow_masked_prompt (`bool`, *optional*, defaults to `False`): Fill in masks of the prompt, too.
             eos_token_id (`int`, *optional*): End-of-text token, the tokenizer's if not given.
             eos_early_stop (`bool`, *optional*, defaults to `True`):
@@ -447,7 +447,7 @@ class GStarPipeline(DiffusionPipeline):
             blocks=blocks,
             options=given,
             mask_token_id=mask,
-            eos_token_id=None if filling or not given["eos_early_stop"] else eos,
+            eos_token_id=None if filling else eos,
             pad_token_id=pad,
             context=present & ~is_open,
             remask_counts=zeros.clone(),
@@ -649,7 +649,7 @@ class GStarPipeline(DiffusionPipeline):
 
     def _end_texts(self, chain: _Chain, last: int) -> None:
         """Behind a row's first end-of-text token that no mask precedes, all becomes padding and fixed."""
-        if chain.eos_token_id is None:
+        if chain.eos_token_id is None or not chain.options["eos_early_stop"]:
             return
         answer = chain.x[:, chain.start :]
         ends = (answer == chain.eos_token_id) & ~chain.fixed[:, chain.start :]
@@ -758,13 +758,11 @@ def _check_fit(denoiser: Any, predictor: Any) -> None:
 
 
 def _on_cpu(frame: GStarFrame) -> GStarFrame:
-    parts = {name: getattr(frame, name) for name in frame.__dataclass_fields__}
-    return GStarFrame(
-        **{
-            n: part.detach().to("cpu", copy=True) if isinstance(part, torch.Tensor) else part
-            for n, part in parts.items()
-        }
-    )
+    parts: dict[str, Any] = {name: getattr(frame, name) for name in frame.__dataclass_fields__}
+    for name, part in parts.items():
+        if isinstance(part, torch.Tensor):
+            parts[name] = part.detach().to("cpu", copy=True)
+    return GStarFrame(**parts)
 
 
 __all__ = ["GStarFrame", "GStarPipeline", "GStarPipelineOutput"]

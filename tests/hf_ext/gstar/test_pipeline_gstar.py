@@ -54,7 +54,7 @@ def mdlm(**options):
 
 @pytest.fixture
 def pipe():
-    """`pipe(mode="star_plus", denoiser=None, ...)`: a pipeline in float64 with a predictor of random weights."""
+    """`pipe(mode="star_plus", denoiser=None, num_layers=1, ...)`: in float64, with a predictor of random weights."""
 
     def build(mode="star_plus", denoiser=None, num_layers=1, tokens=None, **options):
         denoiser = mdlm() if denoiser is None else denoiser
@@ -208,9 +208,9 @@ def told(logits, mode="mdlm", tokens=None, **options):
     return made
 
 
-def peaks(*tokens, vocab=len(WORDS)):
+def peaks(*tokens):
     """Logits whose most probable tokens are these, by far."""
-    return 50.0 * torch.nn.functional.one_hot(torch.tensor(tokens), vocab).float()
+    return 50.0 * torch.nn.functional.one_hot(torch.tensor(tokens), len(WORDS)).float()
 
 
 def test_logits_are_shifted_by_one_for_dream():
@@ -238,7 +238,8 @@ def test_rows_that_have_ended_write_no_further_blocks():
 
 
 def test_an_end_of_text_that_may_be_taken_back_closes_nothing():
-    frames = list(told(peaks(4, EOS, 5, 6), mode="star").stream(gen_length=4, num_inference_steps=5, eos_token_id=EOS))
+    made = told(peaks(4, EOS, 5, 6), mode="star", tokens=tokenizer())
+    frames = list(made.stream(gen_length=4, num_inference_steps=5))
     # tokens behind it are still written and taken back in every step
     assert not any((frame.sequences == PAD).any() for frame in frames[:-2])
     assert frames[-1].sequences.tolist() == [[4, EOS, PAD, PAD]]
@@ -287,13 +288,12 @@ def test_guidance_is_a_mixture_of_logits_with_and_without_the_prompt(pipe):
     # one step, the most probable: the answer is the argmax of the mixture
     out = made(prompt="a b", gen_length=3, num_inference_steps=1, temperature=0, guidance_scale=3.0)
     x = torch.tensor([[3, 4, MASK, MASK, MASK], [MASK] * 5])
-    given, alone = made.denoiser(x).logits[..., 2:, :]
+    given, alone = made.denoiser(x).logits[..., 2:, :].detach().clone().unbind(0)
     mixed = alone + 3.0 * (given - alone)
-    mixed[:, MASK] = -math.inf
+    mixed[:, MASK] = -math.inf  # infinity less infinity is not a number
     assert torch.equal(out.sequences[0], mixed.argmax(-1))
     assert out.denoiser_nfe.tolist() in ([2], [4])  # two passes, and two more if a mask was left
     plain = made(prompt="a b", gen_length=3, num_inference_steps=1, temperature=0).sequences[0]
-    given[:, MASK] = -math.inf
     assert torch.equal(plain, given.argmax(-1))
 
 
@@ -326,8 +326,9 @@ def test_a_head_alone_shares_the_denoiser(pipe):
 def test_an_untrained_predictor_is_the_unguided_sampler(pipe):
     made = pipe("gstar_plus")
     made.error_predictor = ErrorPredictor.from_denoiser(made.denoiser, num_layers=1).eval().double()
-    led = made(prompt="a b", generator=seeds(1), **OPTIONS).sequences
-    assert torch.equal(led, pipe("star_plus")(prompt="a b", generator=seeds(1), **OPTIONS).sequences)
+    led = made(prompt="a b", generator=seeds(1), **OPTIONS)
+    plain = pipe("star_plus", denoiser=made.denoiser)(prompt="a b", generator=seeds(1), **OPTIONS)
+    assert torch.equal(led.sequences, plain.sequences) and (led.remask_counts > 0).all()
 
 
 def test_history_and_stream_are_the_same_frames(pipe):
@@ -343,7 +344,6 @@ def test_history_and_stream_are_the_same_frames(pipe):
     for frame in frames:
         assert not (frame.transfer_index & ~masked).any() and not (frame.remask_index & masked).any()
         masked = frame.sequences == MASK
-        assert torch.equal(frame.error_logits is not None, frame.phase == "guided") if False else True
         assert (frame.error_logits is not None) == (frame.phase == "guided")
 
 
@@ -376,7 +376,7 @@ def test_pipeline_callbacks_are_accepted_and_may_interrupt(pipe):
             return callback_kwargs
 
     made = pipe("mdlm")
-    out = made(prompt="a", callback_on_step_end=Stop(cutoff_step_index=1), return_history=True, **OPTIONS)
+    out = made(prompt="a", callback_on_step_end=Stop(None, 1), return_history=True, **OPTIONS)
     assert len(out.history) == 2 and (out.sequences == MASK).any()
 
 
