@@ -37,6 +37,13 @@ _GENERIC = {
 }  # fmt: skip
 
 
+# what the backbone of an MDLM is built from
+_OF_MDLM = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_dropout",
+    "layer_norm_eps", "max_position_embeddings", "rope_parameters",
+)  # fmt: skip
+
+
 @strict
 class ErrorPredictorConfig(PreTrainedConfig):
     r"""
@@ -102,6 +109,9 @@ class ErrorPredictorConfig(PreTrainedConfig):
                 f"`base_config` must have a `model_type` that transformers knows, or mdlm, got {kind!r}. For a model "
                 "with remote code use a head alone: ErrorPredictor.from_denoiser(model, num_layers=0)."
             )
+        lacking = [name for name in _OF_MDLM if name not in self.base_config]
+        if kind == "mdlm" and lacking:
+            raise ValueError(f"`base_config` must be a whole MDLMConfig, got none of {', '.join(lacking)}.")
         for name in ("hidden_size", "vocab_size"):
             if self.base_config.get(name, getattr(self, name)) != getattr(self, name):
                 raise ValueError(

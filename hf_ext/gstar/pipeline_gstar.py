@@ -529,11 +529,12 @@ class GStarPipeline(DiffusionPipeline):
         if chain.logits is None or needed.all() or (chain.cache is not None and needed.any()):
             chain.logits = self._forward(chain, slice(None), t)
             chain.denoiser_nfe += self._passes(chain)
+            chain.seen = chain.x.clone()
         elif needed.any():
             rows = needed.nonzero()[:, 0]
             chain.logits = chain.logits.index_copy(0, rows, self._forward(chain, rows, t))
             chain.denoiser_nfe[rows] += self._passes(chain)
-        chain.seen = chain.x.clone()
+            chain.seen[rows] = chain.x[rows]
         return chain.logits
 
     def _passes(self, chain: _Chain) -> int:

@@ -140,4 +140,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(
         (ValueError, StrictDataclassError), match="`vocab_size` must be that of `base_config`, 40, got 31"
     ):
-        ErrorPredictorConfig(vocab_size=31, hidden_size=32, base_config={"model_type": "mdlm", "vocab_size": 40})
+        ErrorPredictorConfig(vocab_size=31, hidden_size=32, base_config={"model_type": "bert", "vocab_size": 40})
+    with pytest.raises(
+        (ValueError, StrictDataclassError), match="`base_config` must be a whole MDLMConfig, got none of"
+    ):
+        ErrorPredictorConfig(vocab_size=31, hidden_size=32, base_config={"model_type": "mdlm"})

@@ -255,12 +255,14 @@ def test_a_row_that_did_not_change_is_not_computed_again(pipe):
     assert out.denoiser_nfe > 20
 
 
-def test_skipping_changes_no_token(pipe):
-    made = pipe("gstar_loop")
-    skipped = made(prompt=["a", "b c"], generator=seeds(1, 2), **OPTIONS).sequences
+@pytest.mark.parametrize(("mode", "block"), [("gstar_loop", None), ("mdlm", 3), ("low_confidence", 2)])
+def test_skipping_changes_no_token(mode, block, pipe):
+    made = pipe(mode)
+    call = {"prompt": ["a", "b c"], "block_length": block, **OPTIONS}
+    skipped = made(generator=seeds(1, 2), **call).sequences
     made.denoiser.config.time_conditioning = True  # only the pipeline reads this: it then computes every step
     made.denoiser.forward = _without_sigma(made.denoiser.forward)
-    assert torch.equal(made(prompt=["a", "b c"], generator=seeds(1, 2), **OPTIONS).sequences, skipped)
+    assert torch.equal(made(generator=seeds(1, 2), **call).sequences, skipped)
 
 
 def _without_sigma(forward):
