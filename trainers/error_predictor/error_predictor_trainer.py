@@ -95,15 +95,9 @@ class ErrorPredictorTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        # a list hides it from Trainer, which would save and move what is its attribute nowhere, but nn.Module would
-        self._denoiser = [denoiser.requires_grad_(False).eval().to(self.accelerator.device)]
+        self.denoiser = denoiser.requires_grad_(False).eval().to(self.accelerator.device)
         self._eval_generator: torch.Generator | None = None
         self._seen: dict[str, list[tuple[torch.Tensor, ...]]] = {"train": [], "eval": []}
-
-    @property
-    def denoiser(self) -> PreTrainedModel:
-        """The frozen denoiser."""
-        return self._denoiser[0]
 
     @torch.no_grad()
     def targets(

@@ -43,6 +43,11 @@ class MDLMTrainingArguments(TrainingArguments):
             raise ValueError(f"`noise_eps` must be in (0, 1), got {self.noise_eps}.")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"`max_length` must be at least 1, got {self.max_length}.")
+        if self.ema_decay is not None and self.load_best_model_at_end:
+            raise ValueError(
+                f"`load_best_model_at_end` must be False with an average of the weights (ema_decay={self.ema_decay}), "
+                "since it loads other weights, got True. Set `ema_decay` to None."
+            )
         for name in ("deepspeed", "fsdp"):
             if self.ema_decay is not None and getattr(self, name, None):
                 raise ValueError(

@@ -180,6 +180,10 @@ def test_a_run_resumes_to_the_bit_with_its_average(trainer, tmp_path):
         ({"ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\) or None, got 1.0"),
         ({"noise_eps": 0.0}, r"`noise_eps` must be in \(0, 1\), got 0.0"),
         ({"max_length": 0}, "`max_length` must be at least 1, got 0"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps"},
+            r"`load_best_model_at_end` must be False with an average of the weights \(ema_decay=0.9999\)",
+        ),
     ],
 )
 def test_an_option_out_of_range_is_refused(options, said, args):
