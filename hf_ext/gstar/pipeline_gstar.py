@@ -555,8 +555,7 @@ class GStarPipeline(DiffusionPipeline):
             logits = self._shift(self._run(chain, x, mask, t).logits)[:, chain.start :]
         known = len(self.tokenizer) if self.tokenizer is not None else logits.shape[-1]
         if known < logits.shape[-1]:
-            # a vocabulary that was padded to a round size
-            logits = torch.cat((logits[..., :known], torch.full_like(logits[..., known:], -torch.inf)), -1)
+            logits[..., known:] = -torch.inf  # a vocabulary that was padded to a round size
         if chain.options["logits_processor"] is not None:
             logits = self._process(chain, x, logits)
         return logits
