@@ -46,7 +46,8 @@ FREQUENCIES = 256
 @strict
 class MDLMConfig(PreTrainedConfig):
     r"""
-    Configuration of a masked diffusion language model. Defaults are MDLM's small model. Source: arXiv 2406.07524.
+    Configuration of a masked diffusion language model, the denoiser of G-Star (arXiv 2510.08369). Defaults are MDLM's
+    small model. Source: arXiv 2406.07524.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 50258): Entries of the vocabulary, the mask among them.
@@ -300,7 +301,7 @@ class MDLMPreTrainedModel(PreTrainedModel):
 
 
 class MDLMModel(MDLMPreTrainedModel):
-    """The bidirectional transformer of MDLM (arXiv 2406.07524) without its head."""
+    """The bidirectional transformer of MDLM (arXiv 2406.07524) without its head; G-Star (arXiv 2510.08369) uses it."""
 
     _auto_class = "AutoModel"
 
@@ -402,7 +403,7 @@ class MDLMModel(MDLMPreTrainedModel):
 class MDLMForMaskedLM(MDLMPreTrainedModel):
     """
     MDLM (arXiv 2406.07524): logits of x_0 for a partly masked text. Any masked-LM code can read it; `GStarPipeline`
-    generates with it, `MDLMTrainer` trains it.
+    (G-Star, arXiv 2510.08369) generates with it, `MDLMTrainer` trains it.
 
     Example:
 
