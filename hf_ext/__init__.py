@@ -11,6 +11,15 @@ from hf_ext._registration import register_adapters, register_models
 
 
 if TYPE_CHECKING:
+    from hf_ext.gstar import (
+        ErrorPredictor,
+        ErrorPredictorConfig,
+        GStarPipeline,
+        MDLMConfig,
+        MDLMForMaskedLM,
+        MDLMModel,
+        StarShapedScheduler,
+    )
     from hf_ext.lime import LimeConfig, LimeForCausalLM, LimeModel, lime_param_groups
     from hf_ext.sae import (
         SAEAugmentedConfig,
@@ -30,6 +39,13 @@ __getattr__, __dir__, __all__ = attach(
         "LimeConfig": "hf_ext.lime",
         "LimeForCausalLM": "hf_ext.lime",
         "LimeModel": "hf_ext.lime",
+        "ErrorPredictor": "hf_ext.gstar",
+        "ErrorPredictorConfig": "hf_ext.gstar",
+        "GStarPipeline": "hf_ext.gstar",
+        "MDLMConfig": "hf_ext.gstar",
+        "MDLMForMaskedLM": "hf_ext.gstar",
+        "MDLMModel": "hf_ext.gstar",
+        "StarShapedScheduler": "hf_ext.gstar",
         "SteeredConfig": "hf_ext.steering",
         "SteeredModelForCausalLM": "hf_ext.steering",
         "SteeringConfig": "hf_ext.steering",

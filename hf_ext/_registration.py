@@ -1,9 +1,9 @@
 """Make our classes known to transformers and PEFT without importing them.
 
 Neither reads entry points, so importing hf_ext must register. Doing that eagerly would load torch (seconds),
-so each registry is filled right after its own module has been executed. The registry of model classes is often run
-amid another import (transformers.modeling_layers imports it before it has defined what our models need), so our models
-are not imported then: they are named, and found by transformers' own lazy look-up when one is asked for. PEFT looks
+so each registry is filled right after its own module has been executed. The registries are often run amid another
+import (transformers.modeling_layers imports one before it has defined what our models need), so our classes are not
+imported then: they are named, and found by transformers' own lazy look-up when one is asked for. PEFT looks
 classes up in plain dictionaries, so they are put there once both PEFT and they have been executed, in either order.
 """
 
@@ -36,6 +36,8 @@ MODELS = [
         "SAEAugmentedConfig",
         {"AutoModelForCausalLM": "SAEAugmentedModelForCausalLM"},
     ),
+    Entry("mdlm", "hf_ext.gstar", "MDLMConfig", {"AutoModel": "MDLMModel", "AutoModelForMaskedLM": "MDLMForMaskedLM"}),
+    Entry("error_predictor", "hf_ext.gstar", "ErrorPredictorConfig", {"AutoModel": "ErrorPredictor"}),
 ]
 
 
@@ -84,11 +86,13 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 def _add_configs() -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
     for entry in MODELS:
-        config = getattr(importlib.import_module(entry.package), entry.config)
-        AutoConfig.register(entry.model_type, config, exist_ok=True)
+        # AutoConfig.register would need the class, and gstar's lie in files that import transformers' registries
+        CONFIG_MAPPING._mapping[entry.model_type] = entry.config
+        module = importlib.import_module(entry.package)  # lazy: loads no model
+        CONFIG_MAPPING._modules[model_type_to_module_name(entry.model_type)] = module
 
 
 def _add_classes() -> None:

@@ -6,7 +6,9 @@ from hf_ext._lazy import attach
 
 
 if TYPE_CHECKING:
+    from trainers.error_predictor import ErrorPredictorTrainer, ErrorPredictorTrainingArguments
     from trainers.essa import ESSAConfig, ESSATrainer
+    from trainers.mdlm import MDLMTrainer, MDLMTrainingArguments
     from trainers.sae import SAETrainer, SAETrainingArguments
     from trainers.steering_rl import SteeringRLConfig, SteeringRLTrainer
 
@@ -17,6 +19,10 @@ __getattr__, __dir__, __all__ = attach(
         "ESSATrainer": "trainers.essa.essa_trainer",
         "SAETrainer": "trainers.sae.sae_trainer",
         "SAETrainingArguments": "trainers.sae.sae_config",
+        "ErrorPredictorTrainer": "trainers.error_predictor.error_predictor_trainer",
+        "ErrorPredictorTrainingArguments": "trainers.error_predictor.error_predictor_config",
+        "MDLMTrainer": "trainers.mdlm.mdlm_trainer",
+        "MDLMTrainingArguments": "trainers.mdlm.mdlm_config",
         "SteeringRLConfig": "trainers.steering_rl.steering_rl_config",
         "SteeringRLTrainer": "trainers.steering_rl.steering_rl_trainer",
     },

@@ -6,7 +6,9 @@ from importlib import import_module
 
 
 METHODS = {
+    "error_predictor": "trainers.error_predictor.cli",
     "essa": "trainers.essa.cli",
+    "mdlm": "trainers.mdlm.cli",
     "sae": "trainers.sae.cli",
     "sft": "trainers.sft",
     "steering_rl": "trainers.steering_rl.cli",

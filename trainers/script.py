@@ -5,13 +5,14 @@
 """
 
 import inspect
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_ext.tasks import chat, word_problems
+from hf_ext.tasks import chat, stories, word_problems
 
 
 @dataclass
@@ -129,3 +130,49 @@ def read(script: ScriptArguments, name: str, split: str, most: int | None) -> An
         before = [{"role": "system", "content": script.system_prompt}] if script.system_prompt else []
         data = data.map(lambda row: {"prompt": [*before, {"role": "user", "content": row["prompt"]}]})
     return data
+
+
+def read_texts(name: str, split: str, text_field: str, held_out: bool, config: str | None = None) -> Any:
+    """A data set with a column of texts or tokens: tasks:stories, a file, or the Hub."""
+    from datasets import Dataset, load_dataset
+
+    if name == "tasks:stories":
+        rng = random.Random(1 if held_out else 0)
+        return Dataset.from_list([{text_field: stories.sample(rng).text} for _ in range(500 if held_out else 20_000)])
+    kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    path = Path(name)
+    kind = next((kinds[suffix] for suffix in path.suffixes if suffix in kinds), None)
+    if path.is_file() and kind is None:
+        raise ValueError(f"`dataset_name` must be a file of {', '.join(kinds)}, got {name}.")
+    data = (
+        load_dataset(kind, data_files=name, split="train")
+        if path.is_file()
+        else load_dataset(name, config, split=split)
+    )
+    if text_field not in data.column_names and "input_ids" not in data.column_names:
+        raise ValueError(
+            f"`dataset_text_field` must be one of {', '.join(data.column_names)}, the columns of {name}, got "
+            f"{text_field!r}."
+        )
+    return data
+
+
+def tokenized(data: Any, tokenizer: Any, text_field: str, append_eos: bool) -> Any:
+    """Rows with `input_ids`: as they are where they have them, or from their texts."""
+    if data is None:
+        return None
+    if isinstance(data, dict):
+        return {name: tokenized(part, tokenizer, text_field, append_eos) for name, part in data.items()}
+    columns = getattr(data, "column_names", None) or list(next(iter(data), {}))
+    if "input_ids" in columns:
+        return data
+    if text_field not in columns:
+        raise ValueError(f"`dataset_text_field` must be one of {', '.join(columns)}, got {text_field!r}.")
+    if tokenizer is None:
+        raise ValueError("`processing_class` must be given for rows of texts, got None. Pass a tokenizer.")
+    end = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
+
+    def tokens(row: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": tokenizer(row[text_field], add_special_tokens=False)["input_ids"] + end}
+
+    return data.map(tokens) if hasattr(data, "map") else [{**row, **tokens(row)} for row in data]

@@ -40,6 +40,10 @@ DECODER = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_h
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = {"input_ids": torch.arange(24).view(2, 12)}
 STEERED = {"base_config": {"model_type": "mistral", **DECODER, **GROUPED}, "hook_names": ["model.layers.1.mlp"]}
+MASKED_LM = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+PREDICTED = {**MASKED_LM, "model_type": "mdlm", "intermediate_size": 64, "hidden_dropout": 0.0, "layer_norm_eps": 1e-5}
+PREDICTED |= {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+PREDICTOR = {"vocab_size": 300, "hidden_size": 32, "base_config": PREDICTED}
 ACTIVATIONS = {"x": torch.linspace(-3, 3, 72).sin().view(2, 3, 12)}
 AUGMENTED = {
     "base_config": {"model_type": "llama", **DECODER, **GROUPED},
@@ -53,6 +57,8 @@ CASES = [
     Case("steering", "SteeredModelForCausalLM", STEERED, ("AutoModelForCausalLM",), TOKENS),
     Case("hierarchical_topk", "SAEModel", {"d_in": 12, "d_sae": 50, "k": 4}, ("AutoModel",), ACTIVATIONS),
     Case("hierarchical_topk", "SAEAugmentedModelForCausalLM", AUGMENTED, ("AutoModelForCausalLM",), TOKENS),
+    Case("gstar", "MDLMForMaskedLM", MASKED_LM, ("AutoModel", "AutoModelForMaskedLM"), TOKENS),
+    Case("gstar", "ErrorPredictor", PREDICTOR, ("AutoModel",), TOKENS),
 ]
 AUTOS = [(case, auto) for case in CASES for auto in case.auto]
 ROOT = Path(__file__).resolve().parents[2]
