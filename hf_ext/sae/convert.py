@@ -302,12 +302,10 @@ def _local(source: str | os.PathLike[str], subfolder: str, revision: str | None)
     """The folder or file on this machine, downloaded if `source` is a Hub id."""
     root = Path(source).expanduser()
     if not root.exists():
-        from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
 
-        wanted = [subfolder, f"{subfolder}/**"] if subfolder else None
         try:
-            root = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+            root = _downloaded(str(source), subfolder, revision)
         except (HFValidationError, OSError, ValueError) as error:
             raise ValueError(
                 f"`source` must be a folder, a file or a Hub id, got {str(source)!r} ({str(error).splitlines()[0]})."
@@ -316,6 +314,21 @@ def _local(source: str | os.PathLike[str], subfolder: str, revision: str | None)
     if not place.exists():
         raise ValueError(f"`subfolder` must be in {root}, got {subfolder!r}, which is not there.")
     return place
+
+
+def _downloaded(repo: str, subfolder: str, revision: str | None) -> Path:
+    """The files of one SAE alone: repositories of SAEs hold hundreds of gigabytes."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    if subfolder:
+        wanted = [subfolder, f"{subfolder}/**"]
+    else:
+        try:
+            files = HfApi().list_repo_files(repo, revision=revision)
+        except OSError:  # no network: what is in the cache already
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        wanted = [name for name in files if "/" not in name or name.startswith("checkpoints/")]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
 def _format_of(place: Path) -> str:

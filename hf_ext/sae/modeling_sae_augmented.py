@@ -209,8 +209,11 @@ class SAEAugmentedModelForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As of any model; without `embed_base` only the SAEs' weights are written."""
         self._keys_to_ignore_on_save = set()
-        kinds = {name: str(sae.dtype).removeprefix("torch.") for name, sae in self.saes.items()}
-        self.config.saes = {name: {**one, "dtype": kinds[name]} for name, one in self.config.saes.items()}
+        self.config.saes = {name: dict(options) for name, options in self.config.saes.items()}
+        for name, options in self.config.saes.items():
+            kind = str(self.saes[name].dtype).removeprefix("torch.")
+            if options.get("dtype", "float32") != kind:
+                options["dtype"] = kind
         if not self.config.embed_base:
             name = self.config.base_model_name_or_path
             if not name:

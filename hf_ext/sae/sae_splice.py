@@ -228,25 +228,38 @@ def place(
     module: nn.Module, io: str, visit: Callable[[torch.Tensor], torch.Tensor | None], in_place: bool
 ) -> RemovableHandle:
     """Hook `visit` to the output of `module` (the first of a tuple), or to its first input."""
+    if io == "input":
+        return module.register_forward_pre_hook(_OnInput(visit, in_place), with_kwargs=True)
+    return module.register_forward_hook(_OnOutput(visit))
 
-    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        new = visit(_tensor(hidden, module, "input"))
+
+class _OnInput:
+    """An object, since a copy of a model copies its hooks: a closure would go on calling the first model."""
+
+    def __init__(self, visit: Callable[[torch.Tensor], torch.Tensor | None], in_place: bool) -> None:
+        self.visit, self.in_place = visit, in_place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = _tensor(args[0] if args else kwargs.get("hidden_states"), module, "input")
+        new = self.visit(hidden)
         if new is None:
             return None
-        if in_place:
+        if self.in_place:
             hidden.copy_(new)  # the residual path holds this very tensor
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        several = isinstance(output, tuple) and len(output) > 0
-        new = visit(_tensor(output[0] if several else output, module, "output"))
-        return (new, *output[1:]) if several and new is not None else new
 
-    if io == "input":
-        return module.register_forward_pre_hook(on_input, with_kwargs=True)
-    return module.register_forward_hook(on_output)
+class _OnOutput:
+    """As [`_OnInput`], for the output."""
+
+    def __init__(self, visit: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        self.visit = visit
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        several = isinstance(output, tuple) and len(output) > 0
+        new = self.visit(_tensor(output[0] if several else output, module, "output"))
+        return (new, *output[1:]) if several and new is not None else new
 
 
 def _tensor(value: Any, module: nn.Module, io: str) -> torch.Tensor:

@@ -122,7 +122,11 @@ def export(sae: Any, folder: Path) -> list[str]:
     # clones: torch would write the whole storage of a view
     tensors = {theirs: state[ours].contiguous().clone() for ours, theirs in names.items()}
     if config.activation in ("topk", "batchtopk"):
-        tensors["k"] = torch.tensor(int(config.k) if config.k == int(config.k) else float(config.k))
+        tensors["k"] = torch.tensor(max(round(config.k), 1))
+        if config.k != int(config.k):
+            said.append(
+                f"k = {config.k} is {int(tensors['k'])} in ae.pt, which takes whole numbers; the threshold rules."
+            )
         tensors.setdefault("threshold", torch.tensor(-1.0))
     if kind == "AutoEncoder" and not unit_rows(state["W_dec"].T):
         said.append(

@@ -473,6 +473,26 @@ def test_saebench_gets_dense_codes_in_its_own_shapes(saved, raw):
         to_saebench(saved("topk", base_model_name_or_path=None))
 
 
+@pytest.mark.parametrize("subfolder", ["", "layers.1"])
+def test_of_a_hub_repository_only_the_sae_that_is_meant_is_downloaded(subfolder, raw, tmp_path, monkeypatch):
+    sae_lens(tmp_path / "repo", raw, "topk")
+    sae_lens(tmp_path / "repo" / "layers.1", raw, "topk")
+    names = [path.relative_to(tmp_path / "repo").as_posix() for path in (tmp_path / "repo").rglob("*.*")]
+    names = [name for name in names if not name.endswith(".1")]
+    asked = []
+
+    def snapshot(repo, revision=None, allow_patterns=None, local_files_only=False):
+        asked.append((repo, allow_patterns))
+        return str(tmp_path / "repo")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, repo, revision=None: names)
+    load_sae("you/saes", subfolder=subfolder)
+    root = {"cfg.json", "sae_weights.safetensors"}
+    assert len(asked) == 1 and asked[0][0] == "you/saes"
+    assert set(asked[0][1]) == ({"layers.1", "layers.1/**"} if subfolder else root)
+
+
 # the command
 
 

@@ -1,5 +1,7 @@
 """What SAEs do inside a language model equals the dense formulas at the same hook, in every kind of forward."""
 
+import copy
+
 import pytest
 import torch
 
@@ -374,6 +376,26 @@ def test_generation_encodes_nothing_that_no_mode_needs_and_leaves_the_base_as_it
     with model.sae_mode("steer", [{"latent": 3, "op": "add", "value": 1.0}]):
         greedy(model, IDS)
     assert base.generation_config is own and own.disable_compile is not True
+
+
+def test_a_copy_has_modes_of_its_own(augmented):
+    model, _ = augmented()
+    clean, copied = logits(model), copy.deepcopy(model)
+    with copied.sae_mode("replace"):
+        assert not torch.equal(logits(copied), clean)
+        assert torch.equal(logits(model), clean)
+    with model.sae_mode("replace"):
+        assert torch.equal(logits(copied), clean)
+
+
+def test_a_cache_that_is_handed_on_is_continued_at_its_place(augmented):
+    model, _ = augmented()
+    with torch.no_grad(), model.sae_mode("steer", [{"latent": 3, "op": "add", "value": 5.0}]):
+        whole = model(IDS).logits
+        first = model(IDS[:, :6], use_cache=True)
+        rest = model(IDS[:, 6:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, whole[:, 6:], **CLOSE)
+    assert (rest.sae_codes["a"].l0() > 0).all()  # its first token is not the text's first
 
 
 def test_a_base_that_is_detached_is_as_it_was(augmented):
