@@ -50,8 +50,10 @@ MODES = {
 WINDOWED = ("star_plus", "star_loop", "gstar_plus", "gstar_loop", "remdm_loop")
 # timesteps are float32, so a t that equals t_on may lie this far above it
 _NEAR = 1e-6
-# floats of one chunk of the vocabulary's cumulative sums: 128 MiB
-_CHUNK = 1 << 24
+# floats of logits that are worked on at once: a GPU wants many, a CPU what its cache holds
+_CHUNK, _CHUNK_CPU = 1 << 24, 1 << 18
+# entries of the vocabulary that are summed up before one looks into them
+_BLOCK = 64
 # a nucleus is looked for among this many tokens first; few distributions need a full sort
 _HEAD = 128
 
@@ -391,13 +393,14 @@ class StarShapedScheduler(SchedulerMixin, ConfigMixin):
         u = _uniform(fixed, generator)
         rows, columns = ((sample == mask_token_id) & ~fixed).nonzero(as_tuple=True)
         tokens, probs = sample.clone(), torch.ones(sample.shape, device=sample.device)
-        size = max(_CHUNK // model_output.shape[-1], 1)
+        chunk = _CHUNK_CPU if sample.device.type == "cpu" else _CHUNK
+        size = max(chunk // model_output.shape[-1], 1)
         for row, column in zip(rows.split(size), columns.split(size), strict=True):
             logits = model_output[row, column].float()
             logits[:, mask_token_id] = -math.inf
-            drawn = _draw(logits, u[row, column], temperature, top_p, self.config.nucleus)
-            tokens[row, column] = drawn
-            probs[row, column] = _probability(logits, drawn)
+            tokens[row, column], probs[row, column] = _draw(
+                logits, u[row, column], temperature, top_p, self.config.nucleus
+            )
         if self.phase(timestep) == "p2":
             rows, columns = ((sample != mask_token_id) & ~fixed).nonzero(as_tuple=True)
             logits = model_output[rows, columns].float()
@@ -623,8 +626,13 @@ def _uniform(fixed: torch.Tensor, generator: torch.Generator | list[torch.Genera
     return u.clamp_(min=1e-300).to(device) if device.type != "mps" else u.float().clamp_(1e-30, 1 - 2**-24).to(device)
 
 
-def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float, nucleus: str) -> torch.Tensor:
-    """One token for each row of `logits` (M, V), by inverting the cumulative distribution at `u` (M,), float64."""
+def _draw(
+    logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float, nucleus: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One token for each row of `logits` (M, V), where the cumulative distribution passes `u` (M,), and its probability
+    at temperature 1 in the whole vocabulary. Writes into `logits`.
+    """
     best = logits.max(-1)
     if not torch.isfinite(best.values).all():
         bad = int((~torch.isfinite(best.values)).sum())
@@ -632,32 +640,72 @@ def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: floa
             f"`model_output` must leave a token to sample at every masked position, got only -infinity, or NaN, at "
             f"{bad} of {len(logits)}. Suppress fewer tokens, or run the denoiser in float32."
         )
-    if temperature == 0:
-        return best.indices
-    probs = torch.softmax(logits / temperature if temperature != 1 else logits, -1)
-    if not torch.isfinite(probs[:, 0]).all():
-        return best.indices  # so cold that the division overflowed
-    order = None
-    if top_p < 1:
-        probs, order = _nucleus(probs, top_p, nucleus, u.dtype)
-    cumulative = probs.cumsum(-1, dtype=u.dtype)
-    at = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
-    # rounding may point behind the last token that has a probability
-    last = (probs > 0).long().mul_(torch.arange(1, probs.shape[-1] + 1, device=probs.device)).max(-1).values - 1
-    at = at[:, 0].minimum(last)
-    return at if order is None else order.gather(1, at[:, None])[:, 0]
+    logits.sub_(best.values[:, None])
+    # below, 1 / temperature overflows
+    greedy = temperature < 1e-30
+    tempered = None if greedy or temperature == 1 else (logits / temperature).exp_()
+    weights = logits.exp_()
+    tempered = weights if tempered is None else tempered
+    if greedy:
+        tokens = best.indices
+    elif top_p < 1:
+        tokens = _draw_nucleus(tempered, u, top_p, nucleus)
+    else:
+        tokens = _invert(tempered, u)
+    return tokens, weights.gather(1, tokens[:, None])[:, 0] / weights.sum(-1)
 
 
-def _nucleus(probs: torch.Tensor, top_p: float, nucleus: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most probable tokens (M, W), sorted, 0 behind the nucleus; and their ids. A full sort only where needed."""
-    width = min(_HEAD, probs.shape[-1])
-    top = probs.topk(width)
-    if width < probs.shape[-1] and bool((top.values.sum(-1, dtype=dtype) < top_p).any()):
-        top = probs.sort(-1, descending=True)
-    cumulative = top.values.cumsum(-1, dtype=dtype)
-    kept = cumulative <= top_p if nucleus == "mdlm" else cumulative - top.values < top_p
-    kept[:, 0] = True
-    return top.values * kept, top.indices
+def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The first token of each row (M, V) at which the sum of weights exceeds u times their total, in u's precision.
+
+    Sums of blocks first, then the entries of one block: long cumulative sums in float64 would cost as much as a small
+    model.
+    """
+    entries = weights.shape[1]
+    if entries > 4 * _BLOCK:
+        whole = entries // _BLOCK * _BLOCK
+        sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=u.dtype)
+        if whole < entries:
+            sums = torch.cat((sums, weights[:, whole:].sum(-1, dtype=u.dtype, keepdim=True)), 1)
+        block, rest = _first_above(sums, u * sums.sum(-1))
+        at = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+        inside = weights.gather(1, at.clamp(max=entries - 1)).masked_fill(at >= entries, 0)
+        return block * _BLOCK + _first_above(inside.to(u.dtype), rest)[0]
+    weights = weights.to(u.dtype)
+    return _first_above(weights, u * weights.sum(-1))[0]
+
+
+def _first_above(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the cumulative sum of each row first exceeds `target` (M,), and what of the target is left before it."""
+    cumulative = weights.cumsum(-1)
+    at = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    # rounding may point behind the last entry that has a weight
+    place = torch.arange(weights.shape[1], device=weights.device)
+    at = at.minimum(torch.where(weights > 0, place, 0).amax(-1))
+    before = cumulative.gather(1, at[:, None])[:, 0] - weights.gather(1, at[:, None])[:, 0]
+    return at, target - before
+
+
+def _draw_nucleus(weights: torch.Tensor, u: torch.Tensor, top_p: float, nucleus: str) -> torch.Tensor:
+    """A token of the nucleus of each row (M, V); all entries are sorted only where the first ones do not suffice."""
+    total = weights.sum(-1, dtype=u.dtype)
+    tokens = torch.empty(len(weights), dtype=torch.long, device=weights.device)
+    left = torch.arange(len(weights), device=weights.device)
+    for width in (_HEAD, weights.shape[1]):
+        width = min(width, weights.shape[1])
+        rows = weights[left]
+        top = rows.topk(width) if width < weights.shape[1] else rows.sort(-1, descending=True)
+        cumulative = top[0].cumsum(-1, dtype=u.dtype) / total[left, None]
+        kept = cumulative <= top_p if nucleus == "mdlm" else cumulative - top[0] / total[left, None] < top_p
+        kept[:, 0] = True
+        enough = cumulative[:, -1] >= top_p if width < weights.shape[1] else torch.ones_like(left, dtype=torch.bool)
+        found = left[enough]
+        at = _invert((top[0] * kept)[enough], u[found])
+        tokens[found] = top[1][enough].gather(1, at[:, None])[:, 0]
+        left = left[~enough]
+        if not len(left):
+            break
+    return tokens
 
 
 def _probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from scipy import stats
 
-from hf_ext.gstar.scheduling_star_shaped import MODES, StarShapedScheduler, _draw, _nucleus
+from hf_ext.gstar.scheduling_star_shaped import MODES, StarShapedScheduler, _draw, _invert
 
 
 def mu(t, **options):
@@ -73,7 +73,9 @@ def test_when_tokens_are_final():
 
 def draw(logits, rows=40_000, temperature=1.0, top_p=1.0, nucleus="usual", seed=0):
     u = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    tokens = _draw(torch.tensor(logits).expand(rows, -1).clone(), u, temperature, top_p, nucleus)
+    tokens, probs = _draw(torch.tensor(logits).expand(rows, -1).clone(), u, temperature, top_p, nucleus)
+    expected = torch.tensor(logits).softmax(0)[tokens]  # whatever temperature and nucleus
+    torch.testing.assert_close(probs, expected, rtol=1e-5, atol=0)
     return torch.bincount(tokens, minlength=len(logits))
 
 
@@ -106,20 +108,42 @@ def test_a_nucleus_keeps_what_it_should(top_p, nucleus, kept):
     assert len(kept) == 1 or stats.chisquare(counts[sorted(kept)], expected).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("entries", [1, 63, 256, 257, 320, 1000])
+def test_tokens_of_any_vocabulary_are_where_the_cumulative_sum_passes_u(entries):
+    generator = torch.Generator().manual_seed(entries)
+    weights = torch.rand(500, entries, generator=generator) * (torch.rand(500, entries, generator=generator) < 0.3)
+    weights[:, 0] += 1e-3  # not all 0
+    u = torch.rand(500, dtype=torch.float64, generator=generator)
+    tokens = _invert(weights, u)
+    cumulative = weights.double().cumsum(1)
+    target = u * cumulative[:, -1]
+    above = cumulative.gather(1, tokens[:, None])[:, 0]
+    below = above - weights.double().gather(1, tokens[:, None])[:, 0]
+    assert (below <= target + 1e-9).all() and (target <= above + 1e-9).all()  # sums in another order
+    assert (weights.gather(1, tokens[:, None]) > 0).all()
+
+
 def test_a_nucleus_wider_than_the_first_look_is_found_by_sorting():
-    probs = torch.full((3, 1000), 1 / 1000)
-    probs[1] = torch.cat((torch.tensor([0.95]), torch.full((999,), 0.05 / 999)))
-    kept, order = _nucleus(probs, 0.5, "usual", torch.float64)
-    assert ((kept > 0).sum(1) - torch.tensor([500, 1, 500])).abs().max() <= 1  # sums of 1/1000 in float32
-    assert order[1, 0] == 0 and order.shape == (3, 1000)
+    # row 0: 0.5 of a flat distribution over 1000; row 1: one token is enough
+    logits = torch.zeros(2, 1000)
+    logits[1, 7] = 20.0
+    u = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64)
+    flat = _draw(logits[:1].expand(1000, -1).clone(), u, 1.0, 0.5, "usual")[0]
+    assert abs(len(flat.unique()) - 500) <= 1  # sums of 1/1000 in float32
+    assert (_draw(logits[1:].expand(1000, -1).clone(), u, 1.0, 0.5, "usual")[0] == 7).all()
+    both = _draw(logits.clone(), u[:2], 1.0, 0.5, "usual")[0]
+    assert both[1] == 7
 
 
-def test_float64_noise_reaches_the_tail():
+@pytest.mark.parametrize("entries", [2, 700])
+def test_float64_noise_reaches_the_tail(entries):
     tail = math.log(1e-9)
+    logits = torch.full((3, entries), -math.inf)
+    logits[:, 0], logits[:, -1] = tail, 0.0
     u = torch.tensor([5e-10, 2e-9, 0.5], dtype=torch.float64)
-    assert _draw(torch.tensor([[tail, 0.0]]).expand(3, 2), u, 1.0, 1.0, "usual").tolist() == [0, 1, 1]
-    u = 1 - u  # the other end, where float32 sums would have forgotten the last token
-    assert _draw(torch.tensor([[0.0, tail]]).expand(3, 2), u, 1.0, 1.0, "usual").tolist() == [1, 0, 0]
+    assert _draw(logits.clone(), u, 1.0, 1.0, "usual")[0].tolist() == [0, entries - 1, entries - 1]
+    # the other end, where float32 sums would have forgotten the last token
+    assert _draw(logits.flip(1), 1 - u, 1.0, 1.0, "usual")[0].tolist() == [entries - 1, 0, 0]
 
 
 def test_temperatures_near_zero_become_the_most_probable():
