@@ -161,7 +161,8 @@ def load_sae(
     dtype: torch.dtype | None = None,
 ) -> "tuple[SAEModel, ConventionReport]":
     """
-    An SAE that another library saved, as an [`SAEModel`] that computes the same.
+    An SAE that another library saved, as an [`SAEModel`] that computes the same, and can be asked for any budget
+    k' <= K as in HierarchicalTopK (arXiv 2505.24473).
 
     Args:
         source (`str` or path): A folder or file, or a Hub id.
@@ -223,7 +224,8 @@ def load_sae(
 
 def export_sae(sae: "SAEModel", folder: str | os.PathLike[str], to: str) -> ConventionReport:
     """
-    Write an SAE for another library.
+    Write an SAE for another library. One trained with `hierarchical_loss` (arXiv 2505.24473) is a TopK SAE there: write
+    its `config.k` as the budget that you want.
 
     Args:
         sae ([`SAEModel`]): Any activation that the format has.
