@@ -224,8 +224,10 @@ def load_sae(
 
 def export_sae(sae: "SAEModel", folder: str | os.PathLike[str], to: str) -> ConventionReport:
     """
-    Write an SAE for another library. One trained with `hierarchical_loss` (arXiv 2505.24473) is a TopK SAE there: write
-    its `config.k` as the budget that you want.
+    Write an SAE for another library.
+
+    One trained with `hierarchical_loss` (arXiv 2505.24473) is a plain TopK SAE there: set its `config.k` to the budget
+    that you want first.
 
     Args:
         sae ([`SAEModel`]): Any activation that the format has.

@@ -428,6 +428,14 @@ def test_what_a_format_cannot_say_is_folded_and_told(to, activation, options, sa
     torch.testing.assert_close(again(x).reconstruction, model(x).reconstruction, rtol=1e-10, atol=1e-10)
 
 
+def test_another_budget_is_exported_by_setting_k(saved, raw, tmp_path):
+    model = saved("topk")
+    expected = model(raw["x"], k=2).reconstruction
+    model.config.k = 2
+    export_sae(model, tmp_path / "out", "sae_lens")
+    assert torch.equal(load_sae(tmp_path / "out")[0](raw["x"]).reconstruction, expected)
+
+
 def test_a_layer_norm_goes_to_saelens_alone(saved, raw, tmp_path):
     model = saved("topk", input_norm="layer_norm")
     export_sae(model, tmp_path / "out", "sae_lens")
