@@ -1,0 +1,1 @@
+"""Training of vision-language agents in Gymnasium worlds (VL-DAC, arXiv 2508.04280)."""
