@@ -290,7 +290,7 @@ def kl_loss(
     L_KL, in nats a token: the estimator's mean over a step's tokens, then over steps (eq. 5).
 
     Args:
-        logprobs, ref_logprobs (`torch.Tensor` of shape `(B, L)`): Of the sampled tokens; the reference's are constants.
+        logprobs, ref_logprobs (`torch.Tensor` of shape `(B, L)`): Of the sampled tokens; the reference is constant.
         mask (`torch.BoolTensor` of shape `(B, L)`): True at tokens of the response.
         estimator (`str`, *optional*, defaults to `"k3"`): `"k3"` or `"k1"`.
         aggregation, num_items: As in [`policy_loss`].
@@ -399,15 +399,15 @@ def _ends(
 
 
 def _scores(name: str, logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities with 0 outside of the mask, so that what stands there can do no harm; refused if not finite."""
+    """Log-probabilities with 0 outside of the mask, whatever stands there; refused if not finite within."""
     if logprobs.shape != mask.shape:
         raise ValueError(f"`{name}` must have the mask's shape {tuple(mask.shape)}, got {tuple(logprobs.shape)}.")
     kept = torch.where(mask, logprobs, 0.0)
     if not bool(torch.isfinite(kept).all()):
         row, token = (~torch.isfinite(kept)).nonzero()[0].tolist()
         raise FloatingPointError(
-            f"`{name}` must be finite, got {float(kept[row, token])} at token {token} of row {row}. Lower the learning "
-            "rate, or score in float32."
+            f"`{name}` must be finite, got {float(kept[row, token])} at token {token} of row {row}. Lower the "
+            "learning rate, or score in float32."
         )
     return kept
 
