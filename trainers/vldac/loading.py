@@ -12,7 +12,7 @@ LANGUAGE_ONLY = r"^(?!.*(?:visual|vision)).*\.(?:q_proj|k_proj|v_proj|o_proj|gat
 
 
 def language_lora(r: int = 16, lora_alpha: int = 32, **options: Any) -> Any:
-    """The authors' LoRA (arXiv 2508.04280); on the text model alone, and without dropout, so that ratios start at 1."""
+    """The authors' LoRA, on the text model alone, and without dropout, so that ratios start at 1."""
     from peft import LoraConfig
 
     return LoraConfig(

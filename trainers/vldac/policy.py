@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass
 class Responses:
-    """Sampled tokens `(B, L)`, the mask `(B, L)` of those up to the first end, texts, and who came to an end `(B,)`."""
+    """Sampled tokens `(B, L)`, the mask `(B, L)` of those up to the first end, texts, and who ended `(B,)`."""
 
     tokens: torch.Tensor
     mask: torch.Tensor

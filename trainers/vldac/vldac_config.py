@@ -115,6 +115,9 @@ class VLDACConfig(TrainingArguments):
     adam_epsilon: float = _option(1e-7, "Epsilon of Adam.")
     logging_steps: float = _option(8, "Optimiser steps between log entries; 8 is an update.")
 
+    max_steps: int = _option(-1, "Follows from total_env_steps; cannot be given.")
+    save_steps: float = _option(500, "A multiple of the optimiser steps of an update.")
+
     def __post_init__(self) -> None:
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr": min(1e-7, self.learning_rate)}

@@ -127,7 +127,7 @@ class VLDACTrainer(Trainer):
         self.episodes: deque[Episode] = deque(maxlen=RECENT)
         self._counts = [0] * args.num_envs
         self._playing = False
-        self._queue: deque[tuple[torch.Tensor, float]] = deque()
+        self._queue: deque[dict[str, Any]] = deque()
         self._sums: dict[str, list[float]] = defaultdict(list)
         self.buffer: RolloutBuffer | None = None
 
@@ -246,8 +246,7 @@ class VLDACTrainer(Trainer):
         """The next micro-batch; a new rollout where all have been used."""
         if not self._queue:
             self._begin_update()
-        indices, items = self._queue.popleft()
-        return {"indices": indices, "items": items}
+        return self._queue.popleft()
 
     def _begin_update(self) -> None:
         args = self.args
@@ -260,31 +259,39 @@ class VLDACTrainer(Trainer):
             normalize=args.normalize_advantages,
         )
         shuffled = torch.Generator().manual_seed(episode_seed(args.seed, args.process_index, self.update, 2**20 + 1))
-        lengths = self.buffer.mask.sum(-1).flatten()
+        self.learned = self.buffer.mask
+        if args.mask_truncated_completions:
+            self.learned = self.learned & self.buffer.ended[..., None]
+        learned = self.learned.flatten(0, 1)
         for parts in self.buffer.batches(
             args.num_ppo_epochs, args.steps_per_epoch, args.gradient_accumulation_steps, shuffled
         ):
             everything = torch.cat(parts)
-            items = len(everything) if args.loss_aggregation == "step_mean" else int(lengths[everything].sum())
-            self._queue += [(part, float(max(items, 1))) for part in parts]
+            whole = {"steps": len(everything), "items": self._items(learned[everything])}
+            self._queue += [{"indices": part, **whole} for part in parts]
         self.update += 1
         self._note_rollout()
+
+    def _items(self, learned: torch.Tensor) -> int:
+        """What the policy's loss is a mean of: steps or tokens, at least 1."""
+        kept = learned if self.args.loss_aggregation == "token_mean" else learned.any(1)
+        return max(int(kept.sum()), 1)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """L = L_pi + beta L_KL + alpha L_V of one micro-batch, its share of the whole batch."""
-        args, buffer, indices, items = self.args, self.buffer, inputs["indices"], inputs["items"]
+        args, buffer, indices = self.args, self.buffer, inputs["indices"]
         if buffer is None or not len(indices):
             return sum((0.0 * p.sum() for p in self.model.parameters() if p.requires_grad), torch.zeros(()))
         device = args.device
-        width = buffer.prompts
         mask = buffer.mask.flatten(0, 1)[indices]
         length = int(mask.sum(1).max())
         mask = mask[:, :length].to(device)
         tokens = buffer.tokens.flatten(0, 1)[indices, :length].to(device)
         old = buffer.logprobs.flatten(0, 1)[indices, :length].to(device)
-        prompts = [width[i // args.num_envs][i % args.num_envs] for i in indices.tolist()]
+        learned = self.learned.flatten(0, 1)[indices, :length].to(device)
+        prompts = [buffer.prompts[i // args.num_envs][i % args.num_envs] for i in indices.tolist()]
         encoded = encode(self.processing_class, prompts, device)
         logprobs, values = self._scored(model, encoded, tokens, mask)
         of_tokens = buffer.values.dim() == 3
@@ -293,7 +300,6 @@ class VLDACTrainer(Trainer):
             flat = tensor.flatten(0, 1)[indices]
             return (flat[:, :length] if of_tokens else flat).to(device)
 
-        steps = float(items) if args.loss_aggregation == "step_mean" else self._step_share(indices, items)
         loss = torch.zeros((), device=device)
         if args.advantage_estimator == "gae":
             value = losses.value_loss(
@@ -302,14 +308,12 @@ class VLDACTrainer(Trainer):
                 mask if of_tokens else torch.ones_like(values, dtype=torch.bool),
                 old_values=picked(buffer.values),
                 cliprange_value=args.cliprange_value,
-                num_items=steps,
+                num_items=inputs["steps"],
             )
             loss = loss + args.vf_coef * value
-            self._sums["value_loss"].append(float(value.detach()) * steps / len(indices))
+            self._sums["value_loss"].append(float(value.detach()) * inputs["steps"] / len(indices))
         if self.update > args.value_warmup_updates:
-            learned = mask
-            if args.mask_truncated_completions:
-                learned = mask & buffer.ended.flatten()[indices, None].to(device)
+            items = inputs["items"]
             weights = self._weights(tokens, mask) if self.action_start is not None else None
             policy, found = losses.policy_loss(
                 logprobs, old, picked(self.advantages), learned, cliprange=args.cliprange,
@@ -323,18 +327,13 @@ class VLDACTrainer(Trainer):
                 options = {"estimator": args.kl_estimator, "aggregation": args.loss_aggregation}
                 kl = losses.kl_loss(logprobs, reference, learned, **options, num_items=items)
                 loss = loss + args.kl_coef * kl
-                self._sums["kl"].append(float(kl.detach()) * items / len(indices))
+                self._sums["kl"].append(float(kl.detach()) * items / self._items(learned))
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"The loss must be finite, got {float(loss)} at step {self.state.global_step + 1}. Lower the learning "
                 "rate, or train in float32."
             )
         return (loss, {"logprobs": logprobs, "values": values}) if return_outputs else loss
-
-    def _step_share(self, indices: torch.Tensor, items: float) -> float:
-        """Steps of the whole batch where `items` counts its tokens: the critic is averaged over steps all the same."""
-        lengths = self.buffer.mask.sum(-1).flatten()[self.buffer.counted.flatten()]  # type: ignore[union-attr]
-        return items / float(lengths.float().mean())
 
     def _weights(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`thought_coef` at tokens that end before the action begins, 1 from there on."""
@@ -467,13 +466,7 @@ class VLDACTrainer(Trainer):
             raise ValueError(
                 f"`num_envs` must be that of the checkpoint, {len(state['counts'])}, got {self.args.num_envs}."
             )
-        if hasattr(self.policy, "peft_config"):
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"))
-        else:
-            self.policy.load_state_dict(type(self.policy).from_pretrained(folder).state_dict())
-        self.value_head.load_state_dict(ValueHead.from_pretrained(folder / "value_head").state_dict())
+        self._load_weights(folder)
         self.update, self._counts = state["update"], state["counts"]
         self.episodes.extend(Episode(**episode) for episode in state["episodes"])
         for n, (world, saved) in enumerate(zip(self.worlds, state["worlds"], strict=True)):
@@ -482,6 +475,18 @@ class VLDACTrainer(Trainer):
             else:
                 world.load_state(saved)
         self._playing = True
+
+    def _load_weights(self, folder: Path) -> None:
+        if hasattr(self.policy, "peft_config"):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"))
+        else:
+            self.policy.load_state_dict(type(self.policy).from_pretrained(folder).state_dict())
+        self.value_head.load_state_dict(ValueHead.from_pretrained(folder / "value_head").state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(self.state.best_model_checkpoint or ""))
 
 
 class _Endless:

@@ -1,6 +1,5 @@
 """A Qwen2.5-VL of two layers a tower with a processor made in memory, and a world of two colours."""
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -36,39 +35,6 @@ class ImageProcessor(Qwen2_5_VLProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-
-class Colours(gymnasium.Env):
-    """A red or blue frame; answer "r" or "b". +1 if right, -1 if not; four steps, then it ends (or is cut)."""
-
-    def __init__(self, cut=False, steps=4):
-        self.cut, self.steps, self.done = cut, steps, 0
-
-    def _look(self):
-        self.red = bool(self.np_random.integers(2))
-        image = np.zeros((28, 28, 3), np.uint8)
-        image[..., 0 if self.red else 2] = 200 + self.np_random.integers(50, size=(28, 28), dtype=np.uint8)
-        return {"image": image, "text": "r or b?"}
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.done = 0
-        return self._look(), {}
-
-    def step(self, action):
-        valid = action in ("r", "b")
-        reward = 1.0 if action == ("r" if self.red else "b") else -1.0
-        self.done += 1
-        over = self.done >= self.steps
-        info = {"action_valid": valid, "action": action, "success": reward > 0}
-        return self._look(), reward, over and not self.cut, over and self.cut, info
-
-    def get_state(self):
-        return {"rng": self.np_random.bit_generator.state, "red": self.red, "done": self.done}
-
-    def set_state(self, state):
-        self.np_random.bit_generator.state = state["rng"]
-        self.red, self.done = state["red"], state["done"]
 
 
 @pytest.fixture(scope="session")
@@ -107,4 +73,39 @@ def policy(processor):
 
 @pytest.fixture
 def colours():
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Colours(gymnasium.Env):
+        """A red or blue frame; answer "r" or "b". +1 if right, -1 or worse if not; four steps, then it ends (or is cut)."""
+
+        def __init__(self, cut=False, steps=4):
+            self.cut, self.steps, self.done = cut, steps, 0
+
+        def _look(self):
+            self.red = bool(self.np_random.integers(2))
+            image = np.zeros((28, 28, 3), np.uint8)
+            image[..., 0 if self.red else 2] = 200 + self.np_random.integers(50, size=(28, 28), dtype=np.uint8)
+            return {"image": image, "text": "r or b?"}
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.done = 0
+            return self._look(), {}
+
+        def step(self, action):
+            valid = action in ("r", "b")
+            reward = 1.0 if action == ("r" if self.red else "b") else -1.0
+            reward -= 0.0 if valid else 0.01 * sum(map(ord, action)) / 10  # worse or better nonsense
+            self.done += 1
+            over = self.done >= self.steps
+            info = {"action_valid": valid, "action": action, "success": reward > 0}
+            return self._look(), reward, over and not self.cut, over and self.cut, info
+
+        def get_state(self):
+            return {"rng": self.np_random.bit_generator.state, "red": self.red, "done": self.done}
+
+        def set_state(self, state):
+            self.np_random.bit_generator.state = state["rng"]
+            self.red, self.done = state["red"], state["done"]
+
     return Colours

@@ -69,7 +69,8 @@ def test_a_rollout_holds_what_happened(make):
     assert buffer.terminated.nonzero().tolist() == [[3, 0], [3, 1]]  # episodes of four steps
     assert not buffer.truncated.any()
     assert [[len(prompt.frames) for prompt in row] for row in buffer.prompts] == [[n, n] for n in (1, 2, 2, 2, 1, 2)]
-    assert set(buffer.rewards.unique().tolist()) <= {-1.0, 1.0}
+    assert set(buffer.rewards[buffer.valid].tolist()) <= {-1.0, 1.0}
+    assert (buffer.rewards[~buffer.valid] <= -1).all()
     assert len(trainer.episodes) == 2
     assert trainer.suppressed
     assert not torch.isin(buffer.tokens[buffer.mask], torch.tensor(trainer.suppressed)).any()
@@ -231,7 +232,7 @@ def test_evaluate_gives_the_same_figures_twice(make):
     trainer = make(num_eval_episodes=3)
     found = trainer.evaluate()
     assert found["eval_length"] == 4
-    assert -4 <= found["eval_return"] <= 4
+    assert found["eval_return"] <= 4
     assert found == trainer.evaluate()
 
 
