@@ -95,7 +95,7 @@ def colours():
         def step(self, action):
             valid = action in ("r", "b")
             reward = 1.0 if action == ("r" if self.red else "b") else -1.0
-            reward -= 0.0 if valid else 0.01 * sum(map(ord, action)) / 10  # worse or better nonsense
+            reward -= 0.0 if valid else sum(map(ord, action)) / 1000  # some nonsense is worse than other
             self.done += 1
             over = self.done >= self.steps
             info = {"action_valid": valid, "action": action, "success": reward > 0}
