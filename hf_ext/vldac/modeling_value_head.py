@@ -152,11 +152,11 @@ class ValueHead(PreTrainedModel):
             )
         if self.config.stop_gradient:
             hidden_states = hidden_states.detach()
-        hidden_states = hidden_states.to(self.layers[0].weight.device)
+        hidden_states = hidden_states.to(self.device)
         if prompt_mask is not None:
             hidden_states = self._pooled(hidden_states, prompt_mask.to(hidden_states.device))
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.layers(hidden_states.to(self.layers[0].weight.dtype)).squeeze(-1)
+            return self.layers(hidden_states.to(self.dtype)).squeeze(-1)
 
     def _pooled(self, hidden_states: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
         mask = prompt_mask.bool()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 
 from hf_ext import hub
 from hf_ext.vldac import ValueHead
@@ -71,6 +71,8 @@ class VLDACTrainer(Trainer):
     _tag_names = ["hf_ext", "vldac"]
     _name = "VL-DAC"
     args: VLDACConfig
+    control: TrainerControl
+    optimizer: Any
 
     def __init__(
         self,
@@ -97,6 +99,8 @@ class VLDACTrainer(Trainer):
         self.worlds = [
             World(make, i, args.image_history, args.max_episode_steps, restarts) for i, make in enumerate(makers)
         ]
+        if len({id(world.env) for world in self.worlds}) < len(self.worlds):
+            raise ValueError("`environment_factory` must make a new environment each time, got one of them twice.")
         self._evaluated = eval_environment_factory if eval_environment_factory is not None else makers[0]
         policy, processing_class = load(model, processing_class)
         if peft_config is not None:
@@ -162,7 +166,7 @@ class VLDACTrainer(Trainer):
         reward, final = torch.zeros(shape), torch.zeros(shape)
         terminated, truncated, valid, counted, ended = (torch.zeros(shape, dtype=torch.bool) for _ in range(5))
         prompts: list[list[Prompt]] = []
-        rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        rows: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         active = list(range(args.num_envs))
         for t in range(args.rollout_steps):
             prompts.append([world.prompt for world in self.worlds])
@@ -199,8 +203,9 @@ class VLDACTrainer(Trainer):
             if cut:
                 final[t, [n for n, _ in cut]] = self._values([prompt for _, prompt in cut])
         last = torch.zeros(args.num_envs) if whole else self._values([world.prompt for world in self.worlds])
+        tokens, mask, scores, critic = self._padded(rows, shape)
         return RolloutBuffer(
-            prompts, *self._padded(rows, shape), reward, terminated, truncated, valid, counted, final, last, ended
+            prompts, tokens, mask, scores, critic, reward, terminated, truncated, valid, counted, final, last, ended
         )
 
     def _padded(self, rows: dict[tuple[int, int], Any], shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
@@ -337,7 +342,7 @@ class VLDACTrainer(Trainer):
 
     def _weights(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`thought_coef` at tokens that end before the action begins, 1 from there on."""
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         weights = torch.ones(tokens.shape, device=tokens.device)
         for row, (ids, kept) in enumerate(zip(tokens.tolist(), mask.sum(1).tolist(), strict=True)):
             ids = ids[:kept]

@@ -76,7 +76,7 @@ def colours():
     gymnasium = pytest.importorskip("gymnasium")
 
     class Colours(gymnasium.Env):
-        """A red or blue frame; answer "r" or "b". +1 if right, -1 or worse if not; four steps, then it ends (or is cut)."""
+        """A red or blue frame; answer "r" or "b". +1 if right, -1 or worse if not; ends (or is cut) after four."""
 
         def __init__(self, cut=False, steps=4):
             self.cut, self.steps, self.done = cut, steps, 0

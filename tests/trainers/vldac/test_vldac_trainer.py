@@ -168,7 +168,14 @@ def test_every_switch_trains(make, options):
 
 
 def test_leave_one_out_compares_episodes_that_began_alike(make):
-    trainer = make(advantage_estimator="loo", num_generations=2, max_episode_steps=4, rollout_steps=5, num_envs=4)
+    trainer = make(
+        advantage_estimator="loo",
+        num_generations=2,
+        max_episode_steps=4,
+        rollout_steps=5,
+        num_envs=4,
+        total_env_steps=20,
+    )
     buffer = trainer.collect_rollouts()
     first = [prompt.frames[0].tobytes() for prompt in buffer.prompts[0]]
     assert first[0] == first[1]
@@ -177,7 +184,7 @@ def test_leave_one_out_compares_episodes_that_began_alike(make):
     assert not buffer.counted[4].any()  # four steps, then none
     advantages, _ = buffer.advantages(estimator="loo", gamma=1.0, lam=1.0, num_generations=2, normalize=False)
     total = buffer.rewards.sum(0)
-    assert torch.equal(advantages[0], total - total[[1, 0, 3, 2]])
+    torch.testing.assert_close(advantages[0], total - total[[1, 0, 3, 2]])
 
 
 def test_lora_trains_the_text_model_alone_and_needs_no_copy(make, caplog):
@@ -267,7 +274,7 @@ def test_bad_options_are_refused(make, options, message):
         make(**options)
 
 
-def test_bad_models_and_worlds_are_refused(make, processor, policy, tmp_path):
+def test_bad_models_and_worlds_are_refused(make, processor, policy, colours, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     text = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -279,7 +286,10 @@ def test_bad_models_and_worlds_are_refused(make, processor, policy, tmp_path):
         make(factory=list)
     args = VLDACConfig(str(tmp_path / "x"), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="`processing_class` must be a processor of images and text"):
-        VLDACTrainer(policy, args, make, processing_class=processor.tokenizer)
+        VLDACTrainer(policy, args, colours, processing_class=processor.tokenizer)
+    one = colours()
+    with pytest.raises(ValueError, match="must make a new environment each time"):
+        make(factory=lambda: one)
 
 
 def test_every_option_has_help():
