@@ -145,6 +145,26 @@ def test_a_detached_critic_leaves_the_policys_gradient_as_it_is(make):
     assert any(not torch.equal(attached[name], without[name]) for name in without)
 
 
+def batch_gradients(trainer):
+    """Of the first optimiser step, summed over its micro-batches."""
+    trainer.model.zero_grad()
+    for _ in range(trainer.args.gradient_accumulation_steps):
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs({})).backward()
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("aggregation", ["step_mean", "token_mean"])
+def test_micro_batches_change_no_gradient(make, aggregation):
+    """Sums in another order, float32; a single row has no padding."""
+    options = {"loss_aggregation": aggregation, "mask_truncated_completions": True, "kl_coef": 0.0}
+    whole = batch_gradients(make(per_device_train_batch_size=4, gradient_accumulation_steps=1, **options))
+    cut = batch_gradients(make(per_device_train_batch_size=1, gradient_accumulation_steps=4, **options))
+    assert whole.keys() == cut.keys()
+    assert any(gradient.any() for gradient in whole.values())
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], atol=2e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "options",
     [
