@@ -490,6 +490,13 @@ class VLDACTrainer(Trainer):
             self.policy.load_state_dict(type(self.policy).from_pretrained(folder).state_dict())
         self.value_head.load_state_dict(ValueHead.from_pretrained(folder / "value_head").state_dict())
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of the VL-DAC system, for this policy."""
+        if self.is_world_process_zero():
+            card = hub.card(self.policy, "vldac")
+            card.data.pipeline_tag = "image-text-to-text"
+            card.save(Path(self.args.output_dir) / "README.md")
+
     def _load_best_model(self) -> None:
         self._load_weights(Path(self.state.best_model_checkpoint or ""))
 
