@@ -8,7 +8,7 @@
 - Scores are those of the sampling temperature. Top-p, top-k and min-p are not part of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +202,34 @@ def respond(
         for row, keep, end in zip(tokens, mask, is_end, strict=True)
     ]
     return Responses(tokens, mask, texts, is_end.any(1))
+
+
+def thought_weights(
+    processing_class: Any,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    action_start: Callable[[str], int],
+    thought_coef: float,
+) -> torch.Tensor:
+    """
+    RL4VLM's lambda: `thought_coef` at tokens that end before the action begins, 1 from there on.
+
+    Args:
+        tokens, mask (`torch.Tensor` of shape `(B, L)`): Responses.
+        action_start (`Callable[[str], int]`): A response's text -> where its action begins, in characters.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`. The place is found in the text, however that was tokenised.
+    """
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    weights = torch.ones(tokens.shape, device=tokens.device)
+    for row, (ids, kept) in enumerate(zip(tokens.tolist(), mask.sum(1).tolist(), strict=True)):
+        start = action_start(tokenizer.decode(ids[:kept], skip_special_tokens=True))
+        for i in range(kept):
+            if len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) > start:
+                break
+            weights[row, i] = thought_coef
+    return weights
 
 
 class VisionPolicy:

@@ -13,6 +13,7 @@ What it saves is a plain model or adapter with a folder `value_head` beside it.
   state. Worlds with `get_state()` and `set_state()` go on where they were, and a resumed run is then the uninterrupted
   one; others begin a new episode, the next in their count.
 - Dropout is off throughout, so the ratio of a first pass is 1.
+- One file of 500 lines, since playing, learning and saving share the trainer's state and little else.
 """
 
 import copy
@@ -31,7 +32,16 @@ from hf_ext.vldac import ValueHead
 from trainers.vldac import losses
 from trainers.vldac.buffer import RolloutBuffer
 from trainers.vldac.loading import factories, load, without_dropout
-from trainers.vldac.policy import ActorCritic, Prompt, VisionPolicy, encode, placeholders, respond, score
+from trainers.vldac.policy import (
+    ActorCritic,
+    Prompt,
+    VisionPolicy,
+    encode,
+    placeholders,
+    respond,
+    score,
+    thought_weights,
+)
 from trainers.vldac.rollout import Episode, World, episode_seed, evaluate, figures
 from trainers.vldac.vldac_config import VLDACConfig
 
@@ -319,7 +329,9 @@ class VLDACTrainer(Trainer):
             self._sums["value_loss"].append(float(value.detach()) * inputs["steps"] / len(indices))
         if self.update > args.value_warmup_updates:
             items = inputs["items"]
-            weights = self._weights(tokens, mask) if self.action_start is not None else None
+            weights = None
+            if self.action_start is not None:
+                weights = thought_weights(self.processing_class, tokens, mask, self.action_start, args.thought_coef)
             policy, found = losses.policy_loss(
                 logprobs, old, picked(self.advantages), learned, cliprange=args.cliprange,
                 level=args.policy_loss_level, aggregation=args.loss_aggregation, weights=weights, num_items=items,
@@ -339,19 +351,6 @@ class VLDACTrainer(Trainer):
                 "rate, or train in float32."
             )
         return (loss, {"logprobs": logprobs, "values": values}) if return_outputs else loss
-
-    def _weights(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`thought_coef` at tokens that end before the action begins, 1 from there on."""
-        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
-        weights = torch.ones(tokens.shape, device=tokens.device)
-        for row, (ids, kept) in enumerate(zip(tokens.tolist(), mask.sum(1).tolist(), strict=True)):
-            ids = ids[:kept]
-            start = self.action_start(tokenizer.decode(ids, skip_special_tokens=True))  # type: ignore[misc]
-            for i in range(kept):
-                if len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) > start:
-                    break
-                weights[row, i] = self.args.thought_coef
-        return weights
 
     @torch.no_grad()
     def _reference_logprobs(
@@ -493,7 +492,7 @@ class VLDACTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card of the VL-DAC system, for this policy."""
         if self.is_world_process_zero():
-            card = hub.card(self.policy, "vldac")
+            card: Any = hub.card(self.policy, "vldac")
             card.data.pipeline_tag = "image-text-to-text"
             card.save(Path(self.args.output_dir) / "README.md")
 

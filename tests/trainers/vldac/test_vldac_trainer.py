@@ -316,6 +316,16 @@ def test_bad_models_and_worlds_are_refused(make, processor, policy, colours, tmp
         make(factory=lambda: one)
 
 
+def test_a_thought_weighs_less_up_to_where_the_action_begins(processor):
+    from trainers.vldac.policy import thought_weights
+
+    ids = processor.tokenizer.convert_tokens_to_ids
+    tokens = torch.tensor([[*map(ids, "go"), ids("r"), ids("<|im_end|>")], [ids("b"), ids("<|im_end|>"), 0, 0]])
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    found = thought_weights(processor, tokens, mask, lambda text: text.index("r") if "r" in text else 0, 0.25)
+    assert found.tolist() == [[0.25, 0.25, 1, 1], [1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"advantage_estimator": "loo", "num_generations": 4}, {"critic_level": "token"}]
 )
