@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         load_sae,
     )
     from hf_ext.steering import SteeredConfig, SteeredModelForCausalLM, SteeringConfig, SteeringLayer, SteeringModel
+    from hf_ext.vldac import ValueHead, ValueHeadConfig
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -56,6 +57,8 @@ __getattr__, __dir__, __all__ = attach(
         "SAEConfig": "hf_ext.sae",
         "SAEModel": "hf_ext.sae",
         "SparseCodes": "hf_ext.sae",
+        "ValueHead": "hf_ext.vldac",
+        "ValueHeadConfig": "hf_ext.vldac",
         "export_sae": "hf_ext.sae",
         "hierarchical_loss": "hf_ext.sae",
         "lime_param_groups": "hf_ext.lime",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trainers.mdlm import MDLMTrainer, MDLMTrainingArguments
     from trainers.sae import SAETrainer, SAETrainingArguments
     from trainers.steering_rl import SteeringRLConfig, SteeringRLTrainer
+    from trainers.vldac import VLDACConfig, VLDACTrainer
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -25,5 +26,7 @@ __getattr__, __dir__, __all__ = attach(
         "MDLMTrainingArguments": "trainers.mdlm.mdlm_config",
         "SteeringRLConfig": "trainers.steering_rl.steering_rl_config",
         "SteeringRLTrainer": "trainers.steering_rl.steering_rl_trainer",
+        "VLDACConfig": "trainers.vldac.vldac_config",
+        "VLDACTrainer": "trainers.vldac.vldac_trainer",
     },
 )
