@@ -176,7 +176,7 @@ def test_a_space_of_ones_own_keeps_its_requirements_and_takes_no_code_of_ours(tr
         ({"repo_id": "you/a space"}, "`repo_id` must be like \"user/name\", got 'you/a space'"),
         ({"repo_id": "a/b/c"}, "`repo_id` must be like \"user/name\", got 'a/b/c'"),
         ({"repo_id": "you/x", "folder": "no/such/folder"}, "got 'no/such/folder' without README.md and app.py."),
-        ({"repo_id": "you/x", "only": "essay"}, "one of essa, lens, lime, got 'essay'."),
+        ({"repo_id": "you/x", "only": "essay"}, "one of essa, lens, lime, steering, got 'essay'."),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(arguments, reason):

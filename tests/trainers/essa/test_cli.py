@@ -77,7 +77,7 @@ def test_a_task_is_evaluated_on_questions_that_no_search_saw(task):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["esa"], "METHOD must be one of essa, sae, sft, steering_rl, got esa. Did you mean essa?"),
+        (["esa"], "got esa. Did you mean essa?"),
         (["essa", "--dataset_name", "tasks:capitals"], "`reward_funcs` must be given"),
         (
             ["essa", "--dataset_name", "tasks:sums", "--reward_funcs", "capitals", "--model_name_or_path", "x"],
