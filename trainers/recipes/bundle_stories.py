@@ -26,9 +26,7 @@ def bundle(cells: Path, folder: Path) -> list[Path]:
         # the code of a LIMe lies in the package already
         shutil.copytree(file.parent / "model", part, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
         log = {name: cell["series"][name] for name in ("step", "nll")}
-        kept = {
-            name: cell[name] for name in ("arm", "seed", "settings", "commit", "params_trained", "metrics", "cost")
-        }
+        kept = {name: cell[name] for name in KEPT}
         made_by = {"command": COMMAND, **kept, "log": log}
         (part / "training.json").write_text(json.dumps(made_by, indent=1) + "\n", encoding="utf-8")
         (part / "README.md").write_text(card(cell), encoding="utf-8")
@@ -40,8 +38,8 @@ def bundle(cells: Path, folder: Path) -> list[Path]:
 
 def card(cell: dict[str, Any]) -> str:
     """What the model is, what was measured, and ten samples as they came."""
-    name, figures = ("Llama", "stories") if cell["arm"] == "llama" else ("LIMe", "stories-lime"), cell["metrics"]
-    rows = "\n".join(f"| {UNITS[metric]} | {value:.4g} |" for metric, value in figures.items())
+    kind, name = ("Llama", "stories") if cell["arm"] == "llama" else ("LIMe", "stories-lime")
+    rows = "\n".join(f"| {UNITS[metric]} | {value:.4g} |" for metric, value in cell["metrics"].items())
     samples = "\n\n".join(f"> **{asked}**\n>\n> {text}" for asked, text in cell["samples"])
     return f"""---
 license: apache-2.0
@@ -51,7 +49,7 @@ language: en
 tags: [hf_ext, {cell["arm"]}]
 ---
 
-# {name[1]}: a {name[0]} of {cell["params_trained"]:,} parameters that writes micro-stories with known answers
+# {name}: a {kind} of {cell["params_trained"]:,} parameters that writes micro-stories with known answers
 
 Trained from scratch on chats of the grammar `hf_ext.tasks.stories` and of `hf_ext.tasks.word_problems`, for tests and
 fast experiments: whether a story is right can be checked exactly, and who, where, what, how many, which event and
@@ -61,7 +59,7 @@ which mood is known for every token. It knows nothing else.
 from hf_ext import tiny
 from hf_ext.tasks import stories
 
-model, tokenizer = tiny.load("{name[1]}")
+model, tokenizer = tiny.load("{name}")
 chat = [{{"role": "user", "content": "Tell me a story about Mia in the park."}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 written = model.generate(**inputs, max_new_tokens=160)[0, inputs["input_ids"].shape[1] :]
