@@ -50,12 +50,12 @@ class ScriptArguments:
 
 
 def model_path(name: str | None) -> str:
-    """A Hub id or folder as it is; the names that `hf_ext.tiny` knows are its models."""
+    """A Hub id or folder as it is; "stories" and "smollm2" are models of `hf_ext.tiny`."""
     if not name:
         raise ValueError("`model_name_or_path` must be given: a Hub id or folder of an adapter or a model.")
     from hf_ext import tiny
 
-    return str(tiny.path(name)) if name in ("smollm2", *tiny.BUNDLED) and not Path(name).exists() else name
+    return str(tiny.path(name)) if name in ("stories", "smollm2") and not Path(name).exists() else name
 
 
 def task_reward(

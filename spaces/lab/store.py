@@ -133,12 +133,10 @@ class Store:
         return self._keep((name, "plain"), lambda: Loaded(name, *tiny.load(name)))
 
     def lime(self, name: str) -> Loaded:
-        """The LIMe twin of a Llama-like model: the bundled one, or its conversion, with SmolLM2's trained routers."""
+        """The LIMe twin of a Llama-like model, with the trained routers where we have them (SmolLM2)."""
 
         with self._lock:
             plain = self.get(name)
-            if plain.name == "stories":
-                return self.get("stories-lime")
             if isinstance(plain.model, LimeForCausalLM):
                 return plain
 

@@ -264,7 +264,7 @@ def test_a_cancelled_chat_stops_and_the_next_one_is_answered(client, slow):
 
 
 def test_a_bad_model_is_answered_with_the_sentence_that_names_the_cure(client, tmp_path):
-    with pytest.raises(Exception, match='without config.json. Give "smollm2", "stories", "stories-lime", a model'):
+    with pytest.raises(Exception, match='without config.json. Give "smollm2", a model folder, a Hub id'):
         client.predict("Hello", model=str(tmp_path), api_name="/chat")
 
 

@@ -1,7 +1,7 @@
 """`python -m trainers essa --config run.yaml`; ready files lie in `trainers/essa/configs`.
 
-    python -m trainers sft --config trainers/essa/configs/stories_sft.yaml   # a LoRA to start from
-    python -m trainers essa --config trainers/essa/configs/stories_essa.yaml
+    python -m trainers sft --config trainers/essa/configs/smollm2_capitals_sft.yaml   # a LoRA to start from
+    python -m trainers essa --config trainers/essa/configs/smollm2_capitals_essa.yaml
 
 Options are those of [`ESSAConfig`] and of TRL's `ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, `lora_r`,
 `load_in_8bit`, ...), and those of `trainers.script`.

@@ -74,7 +74,7 @@ def build(store: Store) -> None:
     start_with = Settings(model=store.default)
     gr.Markdown(INTRO)
     with gr.Row():
-        model = gr.Textbox(store.default, label="Model", info="smollm2, stories, a Hub id or a folder", min_width=200)
+        model = gr.Textbox(store.default, label="Model", info="a Hub id, a folder, or smollm2", min_width=200)
         task = gr.Dropdown(
             [(task.title, name) for name, task in TASKS.items()],
             value=start_with.task,

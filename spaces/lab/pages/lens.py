@@ -24,7 +24,7 @@ CODE = """\
 from hf_ext.analysis.lens import logit_lens
 from hf_ext.tiny import load
 
-model, tokenizer = load("smollm2")  # or "stories", a folder, or a Hub id
+model, tokenizer = load("smollm2")  # or a folder, or a Hub id
 chat = [{"role": "user", "content": "What is the capital of France?"}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
@@ -46,12 +46,7 @@ def build(store: Store) -> None:
     gr.Markdown(INTRO)
     status = gr.Markdown(f"Loading {store.default} ...")
     with gr.Row():
-        name = gr.Textbox(
-            store.default,
-            label="Model",
-            info="smollm2, stories, stories-lime, a Hub id or a folder; Enter loads it",
-            scale=2,
-        )
+        name = gr.Textbox(store.default, label="Model", info="smollm2, a Hub id or a folder; Enter loads it", scale=2)
         max_new_tokens = gr.Slider(8, 256, 96, step=8, label="Tokens at most")
         temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature")
     chatbot = gr.Chatbot(

@@ -29,7 +29,7 @@ from hf_ext import LimeForCausalLM
 from hf_ext.analysis.depth import depthwise_circuits, layer_entropies
 from hf_ext.tiny import lime_routers, load
 
-model, tokenizer = load("smollm2")  # or "stories", a folder, or a Hub id of a Llama, Mistral, Qwen2 or Qwen3
+model, tokenizer = load("smollm2")  # or a folder, or a Hub id of a Llama, Mistral, Qwen2 or Qwen3
 lime = LimeForCausalLM.from_llama(model)  # the same text as the model: nothing is routed yet
 {TRAINED}
 router = lime.model.layers[-1].self_attn.router
@@ -80,10 +80,7 @@ def build(store: Store) -> None:
     gr.Markdown(INTRO)
     with gr.Row():
         name = gr.Textbox(
-            store.default,
-            label="Model",
-            info="smollm2, stories, a Hub id or a folder (Llama, Mistral, Qwen2, Qwen3)",
-            scale=4,
+            store.default, label="Model", info="smollm2, a Hub id or a folder (Llama, Mistral, Qwen2, Qwen3)", scale=4
         )
         convert = gr.Button("Convert to LIMe", variant="primary", min_width=140)
     status = gr.Markdown(f"An example, computed earlier: {describe(example['model'], known)}")
@@ -127,13 +124,12 @@ def build(store: Store) -> None:
         unchanged = [gr.skip()] * 4
         yield f"Converting {name} ...", *unchanged
         try:
-            twin = store.lime(name)
-            routers = model_routers(twin)
+            routers = model_routers(store.lime(name))
         except UNAVAILABLE as error:
             yield f"**{name} cannot be converted.** {error}", *unchanged
             return
         heads = gr.Dropdown(_heads(routers), value=ALL)
-        yield describe(twin.name, routers), router_map(routers, amount, ALL, ALL), heads, heads, routers
+        yield describe(name, routers), router_map(routers, amount, ALL, ALL), heads, heads, routers
 
     def compare(name: str, prompt: str) -> Iterator[tuple[Any, ...]]:
         def both(title: str = "LIMe") -> tuple[Any, ...]:
