@@ -8,15 +8,16 @@ import random
 import sys
 from datetime import date
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_ext.sae.configuration_sae import SAEConfig
+from hf_ext.sae.texts import read_texts
 
 
-KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SHOWN = ("activation", "d_in", "d_sae", "k", "hook_name", "hook_io")
 SHORTEST = 16  # tokens of a document, below which it says little
 
@@ -174,31 +175,9 @@ def _check_fit(config: SAEConfig, source: str, name: str) -> None:
 
 def _texts(args: argparse.Namespace) -> list[str]:
     """So many texts, drawn from the first 20 times as many."""
-    if args.data == "tasks:stories":
-        rng, stories = random.Random(f"evaluation-{args.seed}"), import_module("hf_ext.tasks.stories")
-        return [stories.sample(rng).text for _ in range(args.documents)]
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f'`--data` needs datasets: pip install "hf_ext[trainers]" ({error}).') from error
-    path = Path(args.data)
-    kind = next((KINDS[suffix] for suffix in path.suffixes if suffix in KINDS), None)
-    if path.is_file() and kind is None:
-        raise ValueError(f"`--data` must be a file of {', '.join(KINDS)}, got {path.name}.")
-    if path.is_file():
-        more = {"sample_by": "paragraph"} if kind == "text" else {}
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **more)
-    else:
-        rows = load_dataset(args.data, split=args.split, streaming=True)
-    texts: list[str] = []
-    for row in rows:
-        if not isinstance(row.get(args.text_field), str):
-            raise ValueError(f"`--text-field` must be one of {', '.join(row)}, got {args.text_field!r}.")
-        texts.append(row[args.text_field])
-        if len(texts) == 20 * args.documents:
-            break
-    random.Random(args.seed).shuffle(texts)
-    return texts[: args.documents]
+    found = list(islice(read_texts(args, f"evaluation-{args.seed}"), 20 * args.documents))
+    random.Random(args.seed).shuffle(found)
+    return found[: args.documents]
 
 
 def _json(found: Any) -> str:

@@ -4,8 +4,6 @@ Started again with the same words after a stop, it goes on where it was.
 """
 
 import argparse
-import itertools
-import random
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -14,8 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-
-KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from hf_ext.sae.texts import read_texts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +64,7 @@ def built(args: argparse.Namespace) -> Any:
     named = args.model == "smollm2" and not Path(args.model).exists()
     source = str(import_module("hf_ext.tiny").path(args.model)) if named else args.model
     tokenizer = AutoTokenizer.from_pretrained(source)
-    rows = torch.tensor(packed(texts(args), tokenizer, args.rows, args.row_tokens))
+    rows = torch.tensor(packed(read_texts(args, "index"), tokenizer, args.rows, args.row_tokens))
     sae = _sae(args.sae, args.subfolder, source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype).eval()
     return build_feature_index(
@@ -94,34 +91,6 @@ def packed(documents: Iterator[str], tokenizer: Any, rows: int, size: int) -> li
     if len(found) < size:
         raise ValueError(f"`--data` must hold a row of {size} tokens, got {len(found)} tokens. Lower --row-tokens.")
     return [found[at : at + size] for at in range(0, min(len(found) // size, rows) * size, size)]
-
-
-def texts(args: argparse.Namespace) -> Iterator[str]:
-    """The texts of --data, in their order."""
-    if args.data == "tasks:stories":
-        rng, stories = random.Random("index"), import_module("hf_ext.tasks.stories")
-        return (stories.sample(rng).text for _ in itertools.count())
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f'`--data` needs datasets: pip install "hf_ext[trainers]" ({error}).') from error
-    path = Path(args.data)
-    kind = next((KINDS[suffix] for suffix in path.suffixes if suffix in KINDS), None)
-    if path.is_file() and kind is None:
-        raise ValueError(f"`--data` must be a file of {', '.join(KINDS)}, got {path.name}.")
-    if path.is_file():
-        more = {"sample_by": "paragraph"} if kind == "text" else {}
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **more)
-    else:
-        rows = load_dataset(args.data, split=args.split, streaming=True)
-    return _column(rows, args.text_field)
-
-
-def _column(rows: Any, field: str) -> Iterator[str]:
-    for row in rows:
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"`--text-field` must be one of {', '.join(row)}, got {field!r}.")
-        yield row[field]
 
 
 def _sae(source: str, subfolder: str, model: str) -> Any:
